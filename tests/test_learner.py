@@ -1,0 +1,878 @@
+"The loop's contract: what happens at every event, for every way of ending, with every kind of data."
+
+import copy
+import os
+import random
+import signal
+import threading
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from trainkit.callback import (
+    EVENTS,  # fmt: skip
+    FIT,
+    PREDICT,
+    TEST,
+    Callback,
+    CancelBatch,
+    CancelEpoch,
+    CancelFit,
+    CancelTurn,
+    CancelValidate,
+    On,
+)
+from trainkit.learner import Learner, Target
+from trainkit.optim import OptimBuilder
+from trainkit.player import Player
+
+X = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+Y = X.sum(1, keepdim=True)
+
+
+class Net(nn.Module):
+    "Dropout (a mode and a random state), batch norm (buffers), and a bias its owner froze."
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.drop, self.out = nn.BatchNorm1d(3), nn.Dropout(0.2), nn.Linear(3, 1)
+        self.out.bias.requires_grad_(False)
+
+    def forward(self, x):
+        return self.out(self.drop(self.norm(x)))
+
+
+def learner(cls=Learner, *, model=None, dls=None, **kw):
+    torch.manual_seed(0)
+    model = Net() if model is None else model
+    dls = DataLoader(TensorDataset(X, Y), batch_size=8, shuffle=True) if dls is None else dls
+    kw = {"loss": "mse", "opt": OptimBuilder("adamw", lr=0.01), "front": "none"} | kw
+    return cls(model, dls, **kw)
+
+
+def fresh_and(steps, **kw):
+    learn = learner(**kw)
+    learn.fit(steps=steps)
+    return learn
+
+
+class TwoPlayers(Learner):
+    def training_step(self, batch):
+        a, b = (player.modules[player.name] for player in self.players)
+        x, y = batch
+        loss = F.mse_loss(a(x), y) if self.player.name == "a" else F.mse_loss(b(a(x)), y)
+        return {"fit": loss, "small": 1e-3 * sum(p.square().sum() for p in self.player.parameters())}
+
+    def validation_step(self, batch):
+        self.pred = self.players[0].modules["a"](batch[0])
+        return F.mse_loss(self.pred, batch[1])
+
+
+def two_players(**kw):
+    torch.manual_seed(0)
+    valid = DataLoader(TensorDataset(X, Y), batch_size=16)
+    dls = (DataLoader(TensorDataset(X, Y), batch_size=8, shuffle=True), valid)
+    players = [Player("a", Net(), opt="sgd"), Player("b", nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.1)), every=2)]
+    return TwoPlayers(players, dls, front="none", **kw)
+
+
+def weights(learn):
+    return {f"{p.name}.{n}": v.clone() for p in learn.players for m in p.modules.values() for n, v in m.state_dict().items()}
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+class Record(Callback):
+    "Every event in order."
+
+    order = -100
+
+    def __init__(self):
+        self.seen = []
+        for event in EVENTS:
+            setattr(self, event, lambda learn, event=event: self.seen.append(event))
+
+
+# ---------------------------------------------------------------------------------------------------- order of events
+
+
+def expected(scope, counts, inside=None):
+    "The events of a scope by the table: `counts[name]` times the scopes of that name."
+    out = []
+    for _ in range(counts.get(scope.name, 1)):
+        out.append(f"before_{scope.name}")
+        batch = [i for i in scope.inside if isinstance(i, str) and i in EVENTS]
+        if scope.name in ("validate", "test", "predict"):
+            out += batch * counts[scope.name + "_batches"]
+        else:
+            for item in scope.inside:
+                if isinstance(item, str):
+                    out += [item] if item in EVENTS else []
+                else:
+                    out += expected(item, counts)
+        out += [f"after_{scope.name}", f"cleanup_{scope.name}"]
+    return out
+
+
+def test_the_loop_is_the_table():
+    dls = (DataLoader(TensorDataset(X, Y), batch_size=8), DataLoader(TensorDataset(X, Y), batch_size=16))
+    learn = learner(dls=dls, cbs=[record := Record()])
+    learn.fit(epochs=2)
+    assert record.seen == expected(FIT, {"epoch": 2, "batch": 5, "validate_batches": 3})
+    record.seen.clear()
+    learn.test(dls[1])
+    assert record.seen == expected(TEST, {"test_batches": 3})
+    record.seen.clear()
+    learn.predict(dls[1])
+    assert record.seen == expected(PREDICT, {"predict_batches": 3})
+
+
+def test_each_player_has_its_turn():
+    learn = two_players(cbs=[On("before_turn", lambda learn: turns.append((learn.step, learn.player.name)))])
+    turns = []
+    learn.fit(steps=4)
+    assert turns == [(0, "a"), (1, "a"), (1, "b"), (2, "a"), (3, "a"), (3, "b")]
+
+
+# ---------------------------------------------------------------------------------------------- every way of ending
+
+CANCEL = {"turn": CancelTurn, "batch": CancelBatch, "epoch": CancelEpoch, "validate": CancelValidate, "fit": CancelFit}
+IN_TURN = ("after_forward", "after_loss", "before_backward", "after_backward", "before_step", "after_step")
+INSIDE = dict.fromkeys(IN_TURN, "turn") | dict.fromkeys(("before_validate_batch", "after_validate_batch"), "validate")
+FIT_EVENTS = [text for _, text in FIT.rows() if text in EVENTS]
+OUTER = {"turn": ["turn", "batch", "epoch", "fit"], "batch": ["batch", "epoch", "fit"], "epoch": ["epoch", "fit"],
+         "validate": ["validate", "epoch", "fit"], "fit": ["fit"]}  # fmt: skip
+
+
+def level(event):
+    return INSIDE.get(event) or event.split("_", 1)[1]
+
+
+class Bomb(Callback):
+    "Raises at the n-th occurrence of an event."
+
+    many = True
+
+    def __init__(self, event, error, n=1):
+        self.error, self.left, self.fired = error, n, False
+        setattr(self, event, self.act)
+
+    def act(self, learn):
+        self.left -= 1
+        if self.left == 0:
+            self.fired = True
+            raise self.error
+
+
+def assert_fresh(learn, modes, flags, handler):
+    "Modes, frozen flags, gradients, autocast, signal handler, hooks are as a fresh learner's."
+    modules = [m for p in learn.players for m in p.modules.values()]
+    assert [m.training for module in modules for m in module.modules()] == modes
+    assert [p.requires_grad for module in modules for p in module.parameters()] == flags
+    assert all(p.grad is None for module in modules for p in module.parameters())
+    assert not torch.is_autocast_enabled("cpu")
+    assert torch.is_grad_enabled()
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert not any(m._forward_hooks or m._forward_pre_hooks for module in modules for m in module.modules())
+    assert learn.player is None and learn.loss is None and learn.pred is None
+    assert learn.state in ("finished", "stopped", "interrupted", "failed")
+
+
+def run_with(event, error, n, where, monkeypatch):
+    monkeypatch.setenv("TRAINKIT_WHERE", where)
+    learn = two_players(precision="bf16")
+    modules = [m for p in learn.players for m in p.modules.values()]
+    modules[0].drop.eval()  # a mode its owner chose
+    modes = [m.training for module in modules for m in module.modules()]
+    flags = [p.requires_grad for module in modules for p in module.parameters()]
+    handler = signal.getsignal(signal.SIGINT)
+    learn.add(record := Record(), bomb := Bomb(event, error, n))
+    caught = None
+    try:
+        learn.fit(epochs=3)
+    except BaseException as e:  # noqa: BLE001
+        caught = e
+    assert bomb.fired
+    assert_fresh(learn, modes, flags, handler)
+    for name in CANCEL:
+        entered, cleaned = record.seen.count(f"before_{name}"), record.seen.count(f"cleanup_{name}")
+        assert entered == cleaned, f"{name}: entered {entered} times, cleaned up {cleaned} times"
+    return learn, record, caught
+
+
+def assert_goes_on(learn):
+    before, step = weights(learn), learn.step
+    learn.remove("Bomb")
+    learn.fit(steps=3)
+    assert (learn.state, learn.step) == ("finished", step + 3)
+    assert not torch.equal(before["a.out.weight"], weights(learn)["a.out.weight"])
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("event", FIT_EVENTS)
+def test_exception_at_every_event(event, n, monkeypatch):
+    n = 1 if level(event) == "fit" else n
+    learn, _, caught = run_with(event, RuntimeError("boom"), n, "notebook", monkeypatch)
+    assert isinstance(caught, RuntimeError) and str(caught) == "boom"
+    assert learn.state == "failed" and learn.error is caught
+    assert any(m.kind == "failed" and "boom" in m.text for m in learn.history.marks)
+    assert_goes_on(learn)
+
+
+@pytest.mark.parametrize("where", ["notebook", "script"])
+@pytest.mark.parametrize("event", FIT_EVENTS)
+def test_interrupt_at_every_event(event, where, monkeypatch):
+    learn, _, caught = run_with(event, KeyboardInterrupt(), 1, where, monkeypatch)
+    assert learn.state == "interrupted" and learn.error is None
+    assert (caught is None) if where == "notebook" else isinstance(caught, KeyboardInterrupt)
+    assert_goes_on(learn)
+
+
+@pytest.mark.parametrize("event,scope", [(e, s) for e in FIT_EVENTS for s in OUTER[level(e)]])
+def test_cancel_at_every_event(event, scope, monkeypatch):
+    learn, record, caught = run_with(event, CANCEL[scope](), 1, "script", monkeypatch)
+    assert caught is None
+    assert learn.state == ("stopped" if scope == "fit" else "finished")
+    if scope != "fit":
+        assert learn.epoch == 3
+        lost = 0  # steps that the cancelled epoch did not make: it was cancelled before its first, after it, or at its end
+        if scope == "epoch":
+            early = event == "before_epoch" or level(event) == "turn" or event == "before_batch"
+            lost = 5 if early else 4 if level(event) == "batch" else 0
+        assert learn.step == 15 - lost
+    if event not in (f"after_{scope}", f"cleanup_{scope}"):
+        assert record.seen.count(f"after_{scope}") == record.seen.count(f"before_{scope}") - 1
+    assert_goes_on(learn)
+
+
+def test_a_cancel_outside_its_scope_is_an_error():
+    learn = learner(cbs=[Bomb("before_fit", CancelBatch())])
+    with pytest.raises(CancelBatch):
+        learn.fit(1)
+    assert learn.state == "failed"
+
+
+def test_cleanup_failure_while_failing_keeps_both():
+    learn = learner(cbs=[Bomb("after_loss", ValueError("first")), Bomb("cleanup_batch", KeyError("second"))])
+    with pytest.raises(KeyError) as caught:
+        learn.fit(1)
+    assert isinstance(caught.value.__context__, ValueError)
+
+
+def test_always_cancelled_epochs_end():
+    class Never(Callback):
+        def before_epoch(self, learn):
+            raise CancelEpoch
+
+    learn = learner(cbs=[Never()])
+    learn.fit(epochs=3)
+    assert (learn.epoch, learn.step) == (3, 0)
+    with pytest.raises(RuntimeError, match="no step"):
+        learn.fit(steps=3)
+
+
+# -------------------------------------------------------------------------------------------------- real interrupts
+
+
+def interrupt_at(step, times=1):
+    def act(learn):
+        if learn.step == step:
+            for _ in range(times):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    return On("before_step", act)
+
+
+def test_first_interrupt_finishes_the_step(monkeypatch):
+    monkeypatch.setenv("TRAINKIT_WHERE", "notebook")
+    straight = fresh_and(15)
+    learn = learner(cbs=[interrupt_at(7)])
+    learn.fit(epochs=3)
+    assert (learn.state, learn.step, learn.epoch, learn.batch_idx) == ("interrupted", 8, 1, 3)
+    learn.remove("On")
+    learn.fit()
+    assert (learn.state, learn.step, learn.epoch) == ("finished", 15, 3)
+    assert_same(weights(learn), weights(straight))
+    assert learn.history.scalars["train/loss"][1].tolist() == straight.history.scalars["train/loss"][1].tolist()
+
+
+def test_second_interrupt_stops_at_once_and_a_script_ends(monkeypatch):
+    monkeypatch.setenv("TRAINKIT_WHERE", "script")
+    learn = learner(cbs=[interrupt_at(7, times=2)])
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(epochs=3)
+    assert (learn.state, learn.step) == ("interrupted", 7)
+    learn = learner(cbs=[interrupt_at(7)])
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(epochs=3)
+    assert (learn.state, learn.step) == ("interrupted", 8)
+
+
+def test_interrupt_inside_the_optimizer_is_said(monkeypatch):
+    monkeypatch.setenv("TRAINKIT_WHERE", "notebook")
+
+    class Torn(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step()
+            raise KeyboardInterrupt
+
+    learn = learner(opt=OptimBuilder(Torn, lr=0.1))
+    with pytest.warns(UserWarning, match="inside the optimizer step of 'model'"):
+        learn.fit(1)
+    assert learn.torn == "model"
+
+
+def test_stop_from_another_thread_and_from_a_callback():
+    learn = learner(dls=[(X, Y)] * 1000)
+    threading.Timer(0.2, learn.stop).start()
+    learn.fit(epochs=1000)
+    assert learn.state == "stopped" and 0 < learn.step < 10**6
+    learn = learner(cbs=[On("after_epoch", lambda learn: learn.stop())])
+    learn.fit(epochs=5)
+    assert (learn.state, learn.epoch, learn.batch_idx) == ("stopped", 1, 0)
+    learn.fit()
+    assert learn.epoch == 2
+
+
+def test_stop_during_validation_validates_again():
+    class StopOnce(Callback):
+        def before_validate_batch(self, learn):
+            if learn.epoch == 0 and not getattr(self, "done", False):
+                self.done = True
+                learn.stop()
+
+    learn = two_players(cbs=[StopOnce(), record := Record()])
+    learn.fit(epochs=2)
+    assert (learn.state, learn.epoch, learn.step, learn.drawn) == ("stopped", 0, 5, True)
+    learn.fit()
+    assert (learn.state, learn.epoch, learn.step) == ("finished", 2, 10)
+    assert record.seen.count("after_validate") == 2
+
+
+# ------------------------------------------------------------------------------------------------ how long a fit is
+
+
+@pytest.mark.parametrize("pieces", [[15], [1] * 15, [4, 11], [5, 10], [7, 8]])
+def test_pieces_are_the_whole(pieces):
+    straight = learner()
+    straight.fit(epochs=3)
+    learn = learner()
+    for n in pieces:
+        learn.fit(steps=n)
+        assert learn.state == "finished"
+    assert (learn.step, learn.epoch) == (15, 3)
+    assert_same(weights(learn), weights(straight))
+    for a, b in zip(learn.history.scalars["train/loss"], straight.history.scalars["train/loss"]):
+        assert a.tolist() == b.tolist()
+
+
+def test_an_open_epoch_is_finished_first():
+    learn = learner()
+    learn.fit(steps=7)
+    learn.fit(epochs=1)
+    assert (learn.step, learn.epoch) == (10, 2)
+
+
+def test_nothing_to_do():
+    learn = learner(cbs=[record := Record()])
+    learn.fit(0)
+    learn.fit(steps=0)
+    assert (learn.step, learn.state, record.seen) == (0, "idle", [])
+    with pytest.raises(ValueError, match="no open fit to go on with"):
+        learn.fit()
+
+
+@pytest.mark.parametrize("kw,message", [
+    ({"epochs": -1}, r"epochs=…\) takes a whole number >= 0; received -1"), ({"steps": 2.5}, "received 2.5"),
+    ({"epochs": "3"}, "received '3'"), ({"epochs": True}, "received True"), ({"epochs": 1, "steps": 1}, "not both"),
+    ({"epochs": 1, "validate_every": 0}, "validate_every"), ({"epochs": 1, "schedule": "again"}, "received 'again'"),
+])  # fmt: skip
+def test_bad_lengths(kw, message):
+    learn = learner()
+    with pytest.raises(ValueError, match=message):
+        learn.fit(**kw)
+    assert (learn.step, learn.state, learn.target) == (0, "idle", Target())
+
+
+def test_fit_inside_fit_is_refused():
+    learn = learner(cbs=[On("after_batch", lambda learn: learn.fit(1))])
+    with pytest.raises(RuntimeError, match="one fit at a time"):
+        learn.fit(1)
+
+
+def test_validate_every():
+    dls = (DataLoader(TensorDataset(X, Y), batch_size=8), DataLoader(TensorDataset(X, Y), batch_size=16))
+    learn = learner(dls=dls)
+    learn.fit(steps=12, validate_every=4)
+    assert learn.history.scalars["valid/loss"][0].tolist() == [4, 8, 12]
+
+
+# ----------------------------------------------------------------------------------------------------- kinds of data
+
+
+class NoLen(IterableDataset):
+    def __iter__(self):
+        yield from zip(X, Y)
+
+
+def forever():
+    while True:
+        yield X[:8], Y[:8]
+
+
+class DictNet(Net):
+    def forward(self, x, scale=1.0):
+        return super().forward(x) * scale
+
+
+KINDS = {
+    "loader": (lambda: DataLoader(TensorDataset(X, Y), batch_size=8), 5),
+    "partial last batch": (lambda: DataLoader(TensorDataset(X, Y), batch_size=16), 3),
+    "drop_last": (lambda: DataLoader(TensorDataset(X, Y), batch_size=16, drop_last=True), 2),
+    "dataset": (lambda: TensorDataset(X, Y), 1),
+    "tensors": (lambda: (X, Y), 1),
+    "arrays": (lambda: (X.numpy(), Y.numpy()), 1),
+    "float64 arrays": (lambda: (X.double().numpy(), Y.double().numpy()), 1),
+    "list of batches": (lambda: [(X[:8], Y[:8]), (X[8:], Y[8:])], 2),
+    "batches of arrays": (lambda: [(X[:8].numpy(), Y[:8].numpy())], 1),
+    "no length": (lambda: DataLoader(NoLen(), batch_size=8), 5),
+    "workers": (lambda: DataLoader(TensorDataset(X, Y), batch_size=8, num_workers=1), 5),
+    "dict batches": (lambda: [{"x": X, "y": Y}], 1),
+    "dict batches with keywords": (lambda: [{"x": X, "scale": torch.tensor(2.0), "target": Y}], 1),
+    "labels in a list": (lambda: [[X, Y]], 1),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_data(kind):
+    make, steps = KINDS[kind]
+    learn = learner(model=DictNet(), dls=make())
+    before = weights(learn)
+    learn.fit(epochs=2)
+    assert (learn.step, learn.epoch, learn.state) == (2 * steps, 2, "finished")
+    assert not torch.equal(before["model.out.weight"], weights(learn)["model.out.weight"])
+
+
+def test_infinite_loader_by_steps():
+    learn = learner(dls=forever())
+    learn.fit(steps=7)
+    learn.fit(steps=5)
+    assert (learn.step, learn.epoch) == (12, 0)
+
+
+def test_generator_serves_one_epoch_and_then_says_so():
+    learn = learner(dls=((X[:8], Y[:8]) for _ in range(3)))
+    learn.fit(1)
+    assert learn.step == 3
+    with pytest.raises(ValueError, match="once"):
+        learn.fit(1)
+
+
+@pytest.mark.parametrize("dls", [[], DataLoader(TensorDataset(X[:3], Y[:3]), batch_size=8, drop_last=True), iter(())])
+def test_empty_loader(dls):
+    with pytest.raises(ValueError, match="empty|no batch|used up"):
+        learner(dls=dls).fit(1)
+
+
+def test_no_loader():
+    learn = Learner(Net(), loss="mse", front="none")
+    with pytest.raises(ValueError, match="no training loader"):
+        learn.fit(1)
+    assert learn.predict(X).shape == (40, 1)
+
+
+def test_unlabelled_batches():
+    with pytest.raises(ValueError, match=r"has no target.*split"):
+        learner(dls=[X[:8], X[8:16]]).fit(1)
+    auto = learner(model=nn.Linear(3, 3), dls=[X[:8], X[8:16]], split=lambda x: ((x,), {}, (x,)))
+    auto.fit(1)
+    assert auto.step == 2
+
+
+def test_items_that_are_no_tensors():
+    class Named(Learner):
+        def training_step(self, batch):
+            assert batch["name"] == ["a", "b"]
+            return F.mse_loss(self.model(batch["x"]), batch["y"])
+
+    learn = learner(Named, dls=[{"x": X[:2], "y": Y[:2], "name": ["a", "b"]}])
+    learn.fit(1)
+    assert learn.step == 1
+
+
+# ------------------------------------------------------------------------------------------------- losses and metrics
+
+
+@pytest.mark.parametrize("loss", ["mse", F.mse_loss, nn.MSELoss(), lambda p, y: ((p - y) ** 2).mean(), ["mse"],
+                                  [("half", F.mse_loss, 0.5), ("other", "mse", 0.5)]])  # fmt: skip
+def test_losses_of_every_kind(loss):
+    learn, reference = fresh_and(5, loss=loss), fresh_and(5)
+    for a, b in zip(weights(learn).values(), weights(reference).values()):
+        torch.testing.assert_close(a, b)
+
+
+def test_terms_are_recorded_and_weighted():
+    learn = learner(loss={"l1": "l1", "l2": (F.mse_loss, 0.1)})
+    learn.fit(1)
+    s = {k: v[1] for k, v in learn.history.scalars.items()}
+    np.testing.assert_allclose(s["train/loss"], s["train/l1"] + 0.1 * s["train/l2"], rtol=1e-5)
+
+
+def test_a_callback_may_change_the_loss():
+    learn = learner(cbs=[On("after_loss", lambda learn: setattr(learn, "loss", learn.loss * 0))])
+    before = learn.model.out.weight.clone()
+    learn.players[0].opt.param_groups[0]["weight_decay"] = 0
+    learn.fit(1)
+    assert torch.equal(learn.model.out.weight, before)
+    assert learn.history.last("train/loss") == 0
+
+
+@pytest.mark.parametrize("step,message", [
+    (lambda learn, b: None, "must be a tensor; received None"), (lambda learn, b: {}, "returned no loss"),
+    (lambda learn, b: learn.model(b[0]), r"shape \(8, 1\)"),
+    (lambda learn, b: learn.model(b[0]).mean().detach(), "does not depend on any trainable parameter"),
+])  # fmt: skip
+def test_bad_losses(step, message):
+    with pytest.raises(ValueError, match=message):
+        Learner(Player("net", Net(), step=step), [(X[:8], Y[:8])], front="none").fit(1)
+
+
+def test_validation_is_weighted_by_batch_size_and_changes_nothing():
+    class Noisy:  # an observer that draws random numbers
+        def __call__(self, pred, target):
+            torch.rand(3), np.random.rand(3), random.random()
+            return (pred - target).abs().mean()
+
+    def run(valid):
+        dls = (DataLoader(TensorDataset(X, Y), batch_size=8, shuffle=True), valid)
+        learn = learner(dls=dls if valid else dls[0], metrics={"mae": Noisy()})
+        learn.fit(epochs=3)
+        return learn
+
+    valid = DataLoader(TensorDataset(X, Y), batch_size=16, shuffle=True)  # 16 + 16 + 8
+    watched, alone = run(valid), run(None)
+    assert_same(weights(watched), weights(alone))
+    with torch.no_grad():
+        pred = watched.model.eval()(X)
+    assert watched.history.last("valid/loss") == pytest.approx(F.mse_loss(pred, Y).item(), rel=1e-5)
+    assert watched.history.last("valid/mae") == pytest.approx((pred - Y).abs().mean().item(), rel=1e-5)
+
+
+def test_several_validation_loaders_and_one_score():
+    class Scored(Learner):
+        def validation_step(self, batch):
+            self.pred = self.model(batch[0])
+            return {"mae": (self.pred - batch[1]).abs().mean(), "outputs": self.pred}
+
+        def validation_epoch_end(self, outputs):
+            return sum(torch.cat([o["outputs"] for o in batches]).numel() for batches in outputs.values())
+
+    dls = {"train": (X, Y), "day": (X[:24], Y[:24]), "night": (X[24:], Y[24:])}
+    learn = learner(Scored, dls=dls, monitor="valid/score", mode="max")
+    learn.fit(1)
+    assert {"valid.day/mae", "valid.night/mae", "valid/score"} <= {*learn.history.names()}
+    assert learn.history.last("valid/score") == 40
+
+
+def test_hooks_of_test_and_predict():
+    class Hooked(Learner):
+        def test_step(self, batch):
+            return {"worst": (self.model(batch[0]) - batch[1]).abs().max()}
+
+        def test_epoch_end(self, outputs):
+            return {"n": sum(map(len, outputs.values()))}
+
+        def predict_step(self, batch):
+            return self.model(batch[0]).argmax(1), batch[1]
+
+    learn = learner(Hooked, dls={"train": (X, Y), "test": [(X[:30], Y[:30]), (X[30:], Y[30:])]})
+    results = learn.test()
+    assert results["test/n"] == 2 and results["test/worst"] > 0
+    best, y = learn.predict([(X[:30], Y[:30]), (X[30:], Y[30:])])
+    assert best.shape == (40,) and torch.equal(y, Y)
+
+
+def test_predict_matches_the_model_and_leaves_modes():
+    learn = learner()
+    out = learn.predict(X)
+    assert all(m.training for m in learn.model.modules())
+    torch.testing.assert_close(out, learn.model.eval()(X).detach())
+
+
+def test_several_players_must_say_what_validation_is():
+    dls = ((X, Y), (X, Y))
+    learn = Learner([Player("a", Net(), "mse"), Player("b", Net(), "mse")], dls, front="none")
+    with pytest.raises(ValueError, match="override validation_step"):
+        learn.fit(1)
+
+
+# ---------------------------------------------------------------------------------------------- precision, placement
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_trains(precision):
+    kw = {"model": nn.Linear(3, 1), "opt": OptimBuilder("adam", lr=0.1)}
+    full = fresh_and(60, **kw)
+    low = fresh_and(60, **(kw | {"model": nn.Linear(3, 1)}), precision=precision)
+    assert low.model.weight.dtype == torch.float32
+    assert low.history.last("train/loss") < 0.01 and full.history.last("train/loss") < 0.01
+    assert low.history.last("train/loss") != full.history.last("train/loss")
+
+
+def test_fp16_skips_infinite_gradients():
+    learn = learner(precision="fp16", opt=OptimBuilder("adamw", lr=0.01, schedule="linear"))
+    learn.add(On("before_step", lambda learn: learn.model.out.weight.grad.fill_(float("inf")) if learn.step == 2 else None))
+    learn.fit(epochs=1)
+    assert all(torch.isfinite(v).all() for v in weights(learn).values() if v.is_floating_point())
+
+
+def test_channels_last_and_compile_leave_no_trace_in_names():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Flatten(), nn.Linear(4 * 64, 1))
+    plain = list(net.state_dict())
+    data = [(torch.randn(4, 1, 8, 8), torch.randn(4, 1))] * 2
+    learn = learner(model=net, dls=data, compile={"backend": "eager"})
+    assert learn.channels_last and net[0].weight.is_contiguous(memory_format=torch.channels_last)
+    learn.fit(1)
+    assert list(learn.state_dict()["players"]["model"]["modules"]["model"]) == plain
+
+
+# --------------------------------------------------------------------------------------------------------- schedules
+
+
+def test_schedule_spans_the_fit_and_asks_when_it_ends():
+    learn = learner(opt=OptimBuilder("sgd", lr=0.1, schedule="linear", warmup=2))
+    learn.fit(epochs=2)
+    steps, rates = learn.history.scalars["lr/model"]
+    np.testing.assert_allclose(rates, [0.1 / 3, 0.2 / 3, *(0.1 * (1 - i / 8) for i in range(8))], rtol=1e-6)
+    before = weights(learn)
+    with pytest.raises(ValueError, match=r"ends at update 10.*go on to 15.*'hold'.*'restart'.*'stretch'"):
+        learn.fit(epochs=1)
+    assert_same(before, weights(learn))
+    learn.fit(epochs=1, schedule="restart")
+    assert learn.step == 15 and learn.history.scalars["lr/model"][1][10:].max() == pytest.approx(0.1)
+
+
+def test_an_interrupted_schedule_goes_on():
+    straight, pieces = (learner(opt=OptimBuilder("sgd", lr=0.1, schedule="cosine")) for _ in range(2))
+    torch.manual_seed(1)
+    straight.fit(epochs=3)
+    torch.manual_seed(1)
+    pieces.add(On("after_batch", lambda learn: learn.stop() if learn.step == 7 else None))
+    pieces.fit(epochs=3)
+    pieces.fit()
+    assert_same(weights(straight), weights(pieces))
+
+
+def test_schedule_needs_a_length():
+    learn = learner(dls=forever(), opt=OptimBuilder("sgd", lr=0.1, schedule="cosine"))
+    with pytest.raises(ValueError, match="must know its length"):
+        learn.fit(1)
+    learn.fit(steps=4)
+
+
+def test_schedule_counts_the_players_own_updates():
+    torch.manual_seed(0)
+    players = [Player("a", Net(), "mse", opt=OptimBuilder("sgd", lr=1.0, schedule="linear"), every=3),
+               Player("b", Net(), "mse", opt="sgd")]  # fmt: skip
+    learn = Learner(players, DataLoader(TensorDataset(X, Y), batch_size=4), front="none")
+    learn.fit(epochs=3)  # 30 batches
+    assert (players[0].updates, players[0].schedule.total, players[1].updates) == (10, 10, 30)
+
+
+# ----------------------------------------------------------------------------------------------------------- players
+
+
+def test_frozen_players_get_no_gradient_and_keep_their_flags():
+    learn = two_players(cbs=[On("after_backward", lambda learn: seen.append(
+        (learn.player.name, {p.name for p in learn.players if any(q.grad is not None for q in p.parameters())})))])  # fmt: skip
+    seen = []
+    learn.fit(steps=2)
+    assert seen == [("a", {"a"}), ("a", {"a"}), ("b", {"b"})]
+
+
+def test_all_frozen_is_said_before_the_start():
+    net = Net()
+    for p in net.parameters():
+        p.requires_grad_(False)
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        learner(model=net).fit(1)
+
+
+# ------------------------------------------------------------------------------------------------------------- state
+
+
+@pytest.mark.parametrize("at", [1, 3, 5, 7, 12])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_resume_is_exact_inside_an_epoch(at, precision, tmp_path):
+    kw = {"opt": OptimBuilder("adamw", lr=0.01, schedule="cosine", total=15), "precision": precision}
+    straight = fresh_and(15, **kw)
+    first = learner(run=tmp_path / "run", **kw)
+    first.add(On("after_batch", lambda learn: learn.stop() if learn.step == at else None))
+    first.fit(epochs=3)
+    torch.rand(7)  # what somebody did in between
+    second = learner(run=tmp_path / "run", **kw)
+    entry = second.restore("last")
+    assert (entry.step, second.step) == (at, at)
+    second.fit()
+    assert second.step == 15
+    assert_same(weights(straight), weights(second))
+    for name, (steps, values) in straight.history.scalars.items():
+        assert second.history.scalars[name][0].tolist() == steps.tolist()
+        assert second.history.scalars[name][1].tolist() == values.tolist()
+
+
+def test_saves_by_epoch_by_step_and_at_the_end(tmp_path):
+    def steps_saved(**kw):
+        learn = learner(run=tmp_path / f"{random.random()}", keep=9, **kw)
+        learn.add(On("after_batch", lambda learn: learn.stop() if learn.step == 13 else None))
+        learn.fit(epochs=3)
+        return [entry.step for entry in learn.checkpoints]
+
+    assert sorted(steps_saved()) == [5, 10, 13]
+    assert sorted(steps_saved(save_every=4)) == [4, 8, 12, 13]
+    assert steps_saved(save_every="none") == []
+
+
+def test_best_is_by_the_score(tmp_path):
+    class Falling(Learner):
+        def validation_epoch_end(self, outputs):
+            return [3.0, 1.0, 2.0, 5.0, 4.0][self.epoch]
+
+    learn = learner(Falling, dls=((X, Y), (X, Y)), run=tmp_path / "run", monitor="valid/score", mode="min", keep=2)
+    learn.fit(epochs=5)
+    assert learn.restore("best").step == 2
+    assert learn.step == 2 and learn.history.last("valid/score") == 1.0
+    assert learn.history.scalars["valid/score"][0].max() == 2
+
+
+@pytest.mark.parametrize("change,message", [
+    ({"model": nn.Linear(3, 2)}, r"model: .*weight"), ({"opt": "sgd"}, "optimizer was AdamW, now SGD"),
+    ({"opt": OptimBuilder("adamw", lr=0.01, schedule="cosine")}, "schedule was 'constant', now 'cosine'"),
+])  # fmt: skip
+def test_a_restore_that_does_not_fit_changes_nothing(change, message, tmp_path):
+    first = learner(run=tmp_path / "run")
+    first.fit(1)
+    other = learner(run=tmp_path / "run", **change)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=message):
+        other.restore("last")
+    after = other.state_dict()
+    assert (after["step"], after["epoch"]) == (before["step"], before["epoch"]) == (0, 0)
+    for name, value in before["players"]["model"]["modules"]["model"].items():
+        assert torch.equal(value, after["players"]["model"]["modules"]["model"][name])
+    assert torch.equal(before["rng"]["torch"], after["rng"]["torch"])
+
+
+def test_a_load_that_fails_half_way_is_undone(tmp_path, monkeypatch):
+    first = learner(run=tmp_path / "run")
+    first.fit(1)
+    other = learner(run=tmp_path / "run")
+    before = weights(other)
+    calls = []
+
+    def fail(state):
+        calls.append(state)
+        if len(calls) == 1:
+            raise ValueError("half way")
+
+    monkeypatch.setattr(other.history, "load_state_dict", fail)
+    with pytest.raises(ValueError, match="half way.*everything is as it was"):
+        other.restore("last")
+    assert other.step == 0
+    assert_same(before, weights(other))
+
+
+def test_callbacks_state_travels(tmp_path):
+    class Counter(Callback):
+        n = 0
+
+        def after_step(self, learn):
+            self.n += 1
+
+        def state_dict(self):
+            return {"n": self.n}
+
+        def load_state_dict(self, state):
+            self.n = state["n"]
+
+    learner(run=tmp_path / "run", cbs=[Counter()]).fit(2)
+    again = learner(run=tmp_path / "run", cbs=[counter := Counter()])
+    again.restore()
+    assert counter.n == 10
+    with pytest.raises(ValueError, match="callback 'counter' has a state in the checkpoint"):
+        learner(run=tmp_path / "run").restore()
+
+
+def test_a_new_run_moves_the_old_one_aside(tmp_path):
+    learner(run=tmp_path / "run").fit(1)
+    with pytest.warns(UserWarning, match=r"is now .*run\.1"):
+        learner(run=tmp_path / "run").fit(2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run.1"]
+    assert [e.step for e in learner(run=tmp_path / "run.1").checkpoints] == [5]
+
+
+def test_save_and_restore_say_what_is_missing(tmp_path):
+    with pytest.raises(ValueError, match="no run folder"):
+        learner().save()
+    with pytest.raises(ValueError, match="no run folder"):
+        learner().restore()
+    with pytest.raises(Exception, match="no checkpoint"):
+        learner(run=tmp_path / "empty").restore()
+    learn = learner(run=tmp_path / "run", cbs=[On("after_loss", lambda learn: learn.save())])
+    with pytest.raises(RuntimeError, match="in the middle of player 'model'"):
+        learn.fit(1)
+
+
+def test_a_full_disk_does_not_end_the_training(tmp_path, monkeypatch):
+    learn = learner(run=tmp_path / "run")
+    monkeypatch.setattr(learn.checkpoints, "save", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.warns(UserWarning, match="No space left"):
+        learn.fit(2)
+    assert learn.step == 10
+
+
+# ----------------------------------------------------------------------------------------------- learners side by side
+
+
+def test_the_same_cell_again_and_again():
+    learn = learner()
+    for _ in range(5):
+        learn.add(On("after_epoch", lambda learn: None)) if not learn.cbs.get("On") else None
+        learn.fit(1)
+    assert len(learn.cbs) == 1 and threading.active_count() < 10
+
+
+def test_repr_and_picture(capsys):
+    learn = two_players()
+    assert "step 0, epoch 0, idle" in repr(learn) and "'b'" in repr(learn)
+    learn.add(Record())
+    learn.show_loop()
+    out = capsys.readouterr().out
+    assert "cleanup_turn (always)" in out and out.count("← Record") == len(FIT_EVENTS)
+
+
+def test_front_that_is_missing_is_said_once():
+    learn = learner(front="no.such.module:front")
+    with pytest.warns(UserWarning, match="nothing shows this run"):
+        learn.fit(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        learn.fit(1)
+
+
+@pytest.mark.parametrize("args,message", [
+    (("resnet",), "received 'resnet'"), ((nn.Linear(1, 1), None, 3), "a loss is a name"),
+    (([Player("a", nn.Linear(1, 1)), Player("a", nn.Linear(1, 1))],), "distinct names"),
+])  # fmt: skip
+def test_bad_construction(args, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        Learner(*args)

@@ -1,0 +1,329 @@
+"""Schedules against closed forms and torch's own, and the laws they keep."""
+import io
+import math
+import re
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.optim import lr_scheduler as torchs
+
+from trainkit import schedule as sch
+from trainkit.schedule import Curve, PlannedCurve, Schedule, find_scheduler, register_scheduler
+
+DECAYING = {  # every shape that comes with the toolkit and never rises, with options it needs
+    "constant": {}, "linear": {}, "cosine": {}, "polynomial": {"power": 3}, "wsd": {"decay": 0.3},
+    "inverse_sqrt": {"timescale": 10}, "exponential": {"gamma": 0.9}, "step": {"every": 7, "gamma": 0.5},
+    "piecewise": {"boundaries": [5, 9], "values": [1, 0.5, 0.1]},
+}  # fmt: skip
+
+
+def make(shape="cosine", lrs=(0.1,), **kw):
+    return Schedule(torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in lrs]), shape, **kw)
+
+
+def walk(schedule, n):
+    rates = []
+    for _ in range(n):
+        rates.append(schedule.lr[0])
+        schedule.optimizer.step()
+        schedule.advance()
+    return rates
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def test_the_fixtures_at_a_length_of_100_and_a_warm_up_of_10():
+    cosine, linear = (PlannedCurve(name, 100, 10).multiplier for name in ("cosine", "linear"))
+    for curve in cosine, linear:
+        assert [curve(u) for u in (10, 55, 100)] == pytest.approx([1, 0.5, 0], abs=1e-12)
+    assert cosine(32) == pytest.approx(0.5 * (1 + math.cos(math.pi * 22 / 90)))
+    assert linear(32) == pytest.approx(1 - 22 / 90)
+
+
+@pytest.mark.parametrize("warmup", [1, 4, 10])
+def test_warm_up_starts_above_zero_and_reaches_one_exactly_once(warmup):
+    values = PlannedCurve("linear", 100, warmup).preview()
+    assert values[: warmup + 1] == pytest.approx([(u + 1) / (warmup + 1) for u in range(warmup + 1)])
+    assert values[0] > 0 and values.count(1.0) == 1 and values.index(1.0) == warmup
+
+
+def test_a_cosine_does_not_rise_behind_its_end():
+    """BasicTS's CosineWarmup(10, 100) is at .117 of the rate in update 120."""
+    curve = PlannedCurve("cosine", 100, 10)
+    assert [curve.multiplier(u) for u in (100, 101, 120, 10_000)] == [0, 0, 0, 0]
+    schedule = make("cosine", total=10)
+    assert walk(schedule, 30)[10:] == [0.0] * 20 and schedule.done
+
+
+def test_no_update_is_made_at_rate_zero():
+    """audiozen's warm-up of 4 begins 0, 0, .025, .05; its linear decay is used up before the run ends."""
+    assert min(walk(make("linear", total=16, warmup=4), 16)) > 0
+
+
+TORCH = {
+    "cosine": (lambda o: torchs.CosineAnnealingLR(o, 30), {}),
+    "linear": (lambda o: torchs.LinearLR(o, 1.0, 1e-12, 30), {}),
+    "polynomial": (lambda o: torchs.PolynomialLR(o, 30, power=3), {"power": 3}),
+    "exponential": (lambda o: torchs.ExponentialLR(o, 0.8), {"gamma": 0.8}),
+    "step": (lambda o: torchs.StepLR(o, 7, 0.3), {"every": 7, "gamma": 0.3}),
+    "cosine_restarts": (lambda o: torchs.CosineAnnealingWarmRestarts(o, 10), {"cycles": 3}),
+    # torch's milestones take effect at the boundary, these after it
+    "piecewise": (lambda o: torchs.MultiStepLR(o, [6, 21], 0.5), {"boundaries": [5, 20], "values": [1, 0.5, 0.25]}),
+}
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_equals_torch(name):
+    build, options = TORCH[name]
+    schedule = make(name, total=30, **options)
+    theirs = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    reference = build(theirs)
+    for mine in walk(schedule, 30):
+        assert mine == pytest.approx(reference.get_last_lr()[0], rel=1e-6, abs=1e-9)
+        theirs.step()
+        reference.step()
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "wsd"])
+def test_equals_lambda_lr_of_its_own_multiplier_for_all_groups(name):
+    schedule = make(name, lrs=(0.3, 0.01), total=20, warmup=0.25, end=0.1)
+    theirs = torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (0.3, 0.01)])
+    reference = torchs.LambdaLR(theirs, schedule.multiplier)
+    for _ in range(25):
+        assert schedule.lr == pytest.approx(reference.get_last_lr())
+        theirs.step()
+        reference.step()
+        schedule.advance()
+
+
+# ---------------------------------------------------------------- laws
+
+
+@given(st.sampled_from(sorted(DECAYING)), st.integers(1, 200), st.floats(0, 0.99), st.floats(0, 1), st.integers(0, 400))
+def test_rises_in_the_warm_up_falls_after_it_and_stays_in_bounds(name, total, warmup, end, extra):
+    curve = PlannedCurve(name, total, warmup, end, **DECAYING[name])
+    peak = curve.warmup_updates
+    assert 0 <= peak < total
+    values = [curve.multiplier(u) for u in range(total + extra + 1)]
+    assert all(a < b for a, b in zip(values[:peak], values[1 : peak + 1]))
+    assert all(a >= b - 1e-12 for a, b in zip(values[peak:], values[peak + 1 :]))
+    assert values[peak] == pytest.approx(1) and values[0] > 0
+    assert all(end - 1e-9 <= v <= 1 + 1e-12 for v in values[peak:])
+
+
+ENDING = ["linear", "cosine", "polynomial", "wsd", "cosine_restarts"]
+
+
+@given(st.sampled_from(ENDING), st.integers(2, 99), st.floats(0, 1))
+def test_ends_at_end_and_stays(name, total, end):
+    curve = PlannedCurve(name, total, 1, end)
+    assert [curve.multiplier(total + k) for k in (0, 1, 50)] == pytest.approx([end] * 3, abs=1e-9)
+
+
+@given(st.sampled_from(sorted(DECAYING)), st.integers(0, 40), st.integers(2, 30), st.floats(0, 0.9))
+def test_a_restored_schedule_goes_on_exactly(name, done, total, warmup):
+    schedule = make(name, total=total, warmup=warmup, end=0.05, **DECAYING[name])
+    walk(schedule, done)
+    torch.save(schedule.state_dict(), file := io.BytesIO())
+    file.seek(0)
+    other = make(name, lrs=(7.0,), **DECAYING[name])
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert other.lr == schedule.lr and other.state_dict() == schedule.state_dict()
+    assert walk(other, 10) == walk(schedule, 10)
+
+
+# ---------------------------------------------------------------- bound to an optimizer
+
+
+def test_the_first_update_has_the_first_rate():
+    p = nn.Parameter(torch.zeros(1))
+    opt = torch.optim.SGD([p], lr=1.0)
+    Schedule(opt, "constant", warmup=3)
+    p.grad = torch.ones(1)
+    opt.step()
+    assert p.item() == -0.25
+
+
+def test_the_length_may_come_later_and_only_once():
+    schedule = make("linear", warmup=0.5)
+    assert schedule.needs_total and not schedule.done and schedule.lr == [0.1]
+    with pytest.raises(ValueError, match="scheduler 'linear' must know its length"):
+        schedule.advance()
+    assert schedule.update == 0
+    schedule.set_total(4)
+    assert schedule.lr == pytest.approx([0.1 / 3])
+    schedule.set_total(4)
+    with pytest.raises(ValueError, match="already runs over 4 updates; received 5"):
+        schedule.set_total(5)
+    with pytest.raises(ValueError, match="warmup=4 leaves nothing of total=3"):
+        make("linear", warmup=4).set_total(3)
+
+
+def test_a_curve_without_an_end_needs_no_length_and_is_never_done():
+    schedule = make("step", every=10, warmup=2)
+    walk(schedule, 50)
+    assert not schedule.needs_total and not schedule.done
+    assert schedule.lr[0] == pytest.approx(0.1 * 0.1**4)
+    fraction = make("constant", total=10, warmup=0.3)
+    assert fraction.warmup_updates == 3 and not fraction.needs_total
+    assert walk(fraction, 30)[-1] == 0.1
+
+
+def test_a_second_schedule_starts_from_the_base_rate():
+    first = make("linear", total=2)
+    walk(first, 2)
+    assert first.lr == [0.0] and Schedule(first.optimizer, "constant").lr == [0.1]
+
+
+def test_a_group_added_meanwhile_joins():
+    schedule = make("linear", total=4)
+    walk(schedule, 2)
+    schedule.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "lr": 1.0})
+    schedule.advance()
+    assert schedule.lr == pytest.approx([0.025, 0.25])
+
+
+def test_a_tensor_rate_is_filled_in_place():
+    opt = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=torch.tensor(0.5))
+    rate = opt.param_groups[0]["lr"]
+    schedule = Schedule(opt, "linear", total=2)
+    schedule.advance()
+    assert opt.param_groups[0]["lr"] is rate and rate.item() == 0.25
+
+
+def test_optimizer_state_saved_before_or_after_makes_no_difference():
+    """A scheduled rate lies in the optimizer's state, too; whichever is loaded last, the rates are the schedule's."""
+    a = make("cosine", total=10)
+    walk(a, 4)
+    saved = a.optimizer.state_dict(), a.state_dict()
+    for order in (0, 1), (1, 0):
+        b = make("cosine", lrs=(3.0,), total=10)
+        for part in order:
+            (b.optimizer, b)[part].load_state_dict(saved[part])
+        assert b.lr == a.lr and walk(b, 3) == walk(make_at(a), 3)
+
+
+def make_at(schedule):
+    other = make(schedule.name, total=schedule.total)
+    other.load_state_dict(schedule.state_dict())
+    return other
+
+
+def test_restart_and_stretch():
+    schedule = make("cosine", total=10, warmup=2)
+    walk(schedule, 10)
+    schedule.stretch(20)
+    assert not schedule.done and schedule.lr[0] == pytest.approx(0.1 * sch.cosine(8, 18))
+    schedule.restart(6)
+    assert schedule.update == 0 and schedule.lr[0] == pytest.approx(0.1 / 3)
+    walk(schedule, 3)
+    for act, bad in (schedule.stretch, 2), (schedule.restart, 0), (schedule.restart, 2), (schedule.stretch, True):
+        before = schedule.state_dict(), schedule.lr
+        with pytest.raises(ValueError):
+            act(bad)
+        assert (schedule.state_dict(), schedule.lr) == before
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"name": "linear"}, "of scheduler 'linear', and this one is 'cosine'"),
+        ({"base_lrs": [0.1, 0.2]}, "2 base learning rates, and the optimizer 1 parameter groups"),
+        ({"update": -1}, "update must be a whole number of updates >= 0; received -1"),
+        ({"total": 0}, "total must be a whole number"),
+        ({"warmup": 12}, "warmup=12 leaves nothing of total=10"),
+        ({"options": {"cycles": 2}}, "unknown option 'cycles'"),
+        ({"end": 3}, "end must be a multiplier from 0 to 1; received 3"),
+    ],
+)
+def test_a_state_that_does_not_fit_changes_nothing(change, message):
+    schedule = make("cosine", total=10, warmup=2)
+    walk(schedule, 3)
+    before = schedule.state_dict(), schedule.lr
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        schedule.load_state_dict(schedule.state_dict() | {"update": 7} | change)
+    assert (schedule.state_dict(), schedule.lr) == before
+
+
+def test_the_state_is_a_copy():
+    schedule = make("piecewise", boundaries=[1], values=[1, 0.5])
+    schedule.state_dict()["options"]["values"][0] = 99
+    schedule.state_dict()["base_lrs"].append(1)
+    assert schedule.multiplier(0) == 1 and len(schedule.base_lrs) == 1
+
+
+# ---------------------------------------------------------------- names and bad input
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    monkeypatch.setattr(sch, "_SHAPES", dict(sch._SHAPES))
+
+
+def test_a_registered_shape_is_found_by_name(registry):
+    @register_scheduler("Square-Root")
+    def square_root(update, total, power=0.5):
+        return (1 - update / total) ** power
+
+    assert find_scheduler("square_root") == ("square_root", square_root)
+    assert make("SQUARE-ROOT", total=4, power=1).multiplier(1) == 0.75
+    with pytest.raises(ValueError, match="already .*square_root; overwrite=True"):
+        register_scheduler("square_root")(sch.cosine)
+    register_scheduler("square_root", overwrite=True)(sch.cosine)
+    assert find_scheduler("square_root")[1] is sch.cosine
+
+
+def test_any_function_will_do():
+    assert make(lambda u, total: 2 - u / total, total=4).multiplier(2) == 1.5
+    halves = make(partial(sch.step, every=2, gamma=0.5))
+    assert not halves.needs_total and halves.multiplier(4) == 0.25
+    assert make("math.pow", total=4).shape is math.pow
+
+
+@pytest.mark.parametrize(
+    "args, kw, message",
+    [
+        (("cosin", 10), {}, "unknown scheduler 'cosin'; accepted (nearest first): cosine"),
+        ((3, 10), {}, "a scheduler is a name or a function (update, total) -> multiplier; received 3"),
+        (("nothing.here", 10), {}, "'nothing.here' can't be found"),
+        (("cosine", 0), {}, "total must be a whole number of updates >= 1; received 0"),
+        (("cosine", 10.0), {}, "received 10.0"),
+        (("cosine", True), {}, "received True"),
+        (("cosine", 10, -1), {}, "warmup must be a whole number of updates >= 0 or a fraction 0 <= f < 1; received -1"),
+        (("cosine", 10, 1.0), {}, "received 1.0"),
+        (("cosine", 10, float("nan")), {}, "received nan"),
+        (("cosine", 10, "3"), {}, "received '3'"),
+        (("cosine", 10, 10), {}, "warmup=10 leaves nothing of total=10 updates"),
+        (("cosine", 10, 0, 1.5), {}, "end must be a multiplier from 0 to 1; received 1.5"),
+        (("cosine", 10, 0, float("nan")), {}, "received nan"),
+        (("polynomial", 10), {"pwer": 2}, "unknown option 'pwer'; accepted (nearest first): power"),
+        (("polynomial", 10), {"power": "2"}, "scheduler 'polynomial' failed at update 0"),
+        (("step",), {}, "missing a required argument: 'every'"),
+        (("piecewise",), {"boundaries": [3], "values": [1]}, "one value more; received [3] and [1]"),
+        ((lambda u: 1, 10), {}, "must take (update, total)"),
+        ((lambda u, total: -1.0, 10), {}, "gave -1.0 at update 0"),
+    ],
+)
+def test_bad_arguments_are_named_at_construction(args, kw, message):
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        Curve(*args, **kw)
+
+
+def test_a_shape_that_turns_bad_is_named_and_leaves_the_rates_alone():
+    schedule = make(lambda u, total: math.nan if u == 2 else 1.0, total=5)
+    schedule.advance()
+    with pytest.raises(ValueError, match="gave nan at update 2 of 5"):
+        schedule.advance()
+    assert schedule.update == 1 and schedule.lr == [0.1]
+
+
+def test_preview_is_what_will_be():
+    schedule = make("cosine", total=12, warmup=0.25, end=0.1)
+    assert [0.1 * m for m in schedule.preview()] == pytest.approx(walk(schedule, 12))
+    assert len(schedule.preview(40)) == 40
+    assert repr(schedule) == "Schedule('cosine', total=12, warmup=0.25, end=0.1)"

@@ -1,0 +1,494 @@
+"The views: what they say, what they draw, and that they never harm a run."
+import contextlib
+import io
+import math
+import re
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from standin import Run
+
+from trainkit.history import History
+from trainkit.ui import front as front_module
+from trainkit.ui import plots, progress
+from trainkit.ui.front import front
+from trainkit.ui.plots import Curves, Plot, decimate, moving_average, plot_history, trend, view_limits
+from trainkit.ui.progress import Budget, LogPlace, NotebookPlace, Progress, Status, Table, TerminalPlace, View, quietly
+from trainkit.ui.samples import Samples, compare, comparison_grid, sample_grid, to_uint8, watching
+
+values_or_nan = st.floats(-1e6, 1e6) | st.just(math.nan)
+curve = hnp.arrays(np.float64, st.integers(1, 3000), elements=values_or_nan, fill=st.floats(-1, 1))
+
+
+# ---- reducing points
+
+@given(curve, st.integers(2, 500))
+@settings(max_examples=60, deadline=None)
+def test_decimation_keeps_spikes_ends_and_order(values, points):
+    steps = np.arange(len(values)) * 3
+    x, y = decimate(steps, values, points)
+    assert len(x) <= points + 2 and (np.diff(x) > 0).all()
+    assert x[0] == steps[0] and x[-1] == steps[-1]
+    np.testing.assert_array_equal(y, values[x // 3])  # nothing is invented
+    if np.isfinite(values).any(): assert (np.nanmin(y), np.nanmax(y)) == (np.nanmin(values), np.nanmax(values))
+
+
+@given(st.integers(1000, 5000), st.integers(1, 50))
+@settings(max_examples=30, deadline=None)
+def test_decimated_points_stay_while_the_run_grows(n, more):
+    values = np.sin(np.arange(n + more) ** 2)
+    size = [plots.bucket_size(m, 150) for m in (n, n + more)]
+    if size[0] != size[1]: return
+    before, after = (set(decimate(np.arange(m), values[:m], 300)[0].tolist()) for m in (n, n + more))
+    whole = min(n // size[0] * size[0], n - 1)  # the last stretch is still open, the last point is always drawn
+    assert {s for s in before if s < whole} <= after
+
+
+@given(hnp.arrays(np.float64, st.integers(1, 60), elements=values_or_nan), st.floats(0, 0.99))
+@settings(max_examples=60, deadline=None)
+def test_moving_average_is_the_weighted_mean(values, weight):
+    known = np.isfinite(values)
+    distance = np.abs(np.subtract.outer(np.arange(len(values)), np.arange(len(values))))
+    kernel = np.where(known, np.where(distance == 0, 1.0, weight**distance), 0.0)
+    expected = np.where(known, (kernel * np.where(known, values, 0)).sum(1) / np.maximum(kernel.sum(1), 1e-300), np.nan)
+    np.testing.assert_allclose(moving_average(values, weight), expected, rtol=1e-6, atol=1e-4)
+
+
+def test_trend_of_a_long_curve_keeps_its_mean_and_forgets_nan():
+    values = np.where(np.arange(100_000) == 500, np.nan, 2.0)
+    x, y = trend(np.arange(100_000), values)
+    assert len(x) <= 400 and x[-1] == 99_999
+    np.testing.assert_allclose(y, 2.0)
+
+
+@given(hnp.arrays(np.float64, st.integers(0, 200), elements=st.floats()), st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_view_limits_are_always_drawable(values, log):
+    low, high = view_limits(values, log)
+    assert math.isfinite(low) and math.isfinite(high) and low < high and (low > 0 or not log)
+
+
+# ---- curves
+
+def record(n=200, **extra):
+    history = History()
+    for step in range(1, n + 1):
+        history.add("train/generator/loss", 1 / step, step)
+        history.add("train/discriminator/loss", 1.0, step)
+        for name, value in extra.items(): history.add(name.replace("__", "/"), value(step), step)
+    return history
+
+
+def test_figure_shows_the_data_and_reuses_its_artists():
+    plot, history = Plot(), record()
+    plot.update(history.snapshot())
+    panel, lines = plot.panels[0]
+    artists = [(c.raw, c.line) for c in panel.curves]
+    np.testing.assert_array_equal(panel.curves[0].raw.get_xdata(), np.arange(1, 201))
+    np.testing.assert_allclose(panel.curves[0].raw.get_ydata(), 1 / np.arange(1, 201))
+    history.add("train/generator/loss", 9.0, 201)
+    history.mark("epoch", 201)
+    plot.update(history.snapshot())
+    assert [(c.raw, c.line) for c in plot.panels[0][0].curves] == artists
+    assert panel.curves[0].raw.get_ydata()[-1] == 9.0
+    assert len(lines.epochs.get_segments()) == 1
+    assert [t.get_text() for t in panel.legend.get_texts()] == ["generator 9.000", "discriminator 1.000"]
+
+
+def test_live_figure_never_changes_its_size():
+    plot, history, shapes = Plot(width=6), History(), set()
+    for step in range(1, 9):
+        for k in range(step): history.add(f"valid/metric{k}", step, step)
+        plot.update(history.snapshot())
+        shapes.add(plot.pixels().shape)
+    assert shapes == {(280, 600, 3)} and len(plot.panels) == 3
+
+
+def test_still_figure_has_every_panel():
+    history = record(valid__fid=lambda s: s, valid__accuracy=lambda s: s, lr__generator=lambda s: s,
+                     lr__discriminator=lambda s: 1)
+    figure = plot_history(history)
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["loss", "fid", "accuracy", "learning rate"]
+    assert len(plot_history(history, names=["valid/*"]).axes) == 2
+    rates = figure.axes[3].get_legend().get_texts()
+    assert [t.get_text() for t in rates] == ["generator 200.0"]  # the other never changed
+
+
+@pytest.mark.parametrize("values", [[math.nan] * 50, [math.inf, 1.0], [0.0] * 50, [-1.0, -2.0], [1e300, -1e300]])
+@pytest.mark.parametrize("log", [False, True])
+def test_odd_values_can_be_drawn(values, log):
+    history = History()
+    for step, value in enumerate(values): history.add("train/loss", value, step)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot = Plot(log=log)
+        plot.update(history.snapshot())
+        assert plot.pixels().shape == (280, 900, 3)
+
+
+def test_no_pyplot():
+    "Neither importing nor drawing may load pyplot, or leave anything in its global state."
+    code = ("import sys\nfrom trainkit.ui import front, plots, progress, samples\n"
+            "heavy = {'matplotlib', 'ipywidgets', 'fastprogress', 'IPython', 'pandas', 'PIL'} & set(sys.modules)\n"
+            "assert not heavy, heavy\n"
+            "from trainkit.history import History\nh = History(); h.add('train/loss', 1.0, 1)\n"
+            "p = plots.Plot(); p.update(h.snapshot()); p.pixels()\nassert 'matplotlib.pyplot' not in sys.modules")
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_curves_are_written_for_a_run(tmp_path):
+    run = Run(Curves(), run=tmp_path)
+    run.fit(1)
+    with pytest.raises(ValueError): run.fit(1, end=ValueError("x"), at=13)
+    from PIL import Image
+    assert Image.open(tmp_path / "curves.png").size == (1350, 420)
+
+
+# ---- text
+
+@pytest.fixture
+def eager(monkeypatch):
+    "Draw at every opportunity."
+    monkeypatch.setattr(Budget, "due", lambda self: True)
+
+
+def test_table_takes_columns_as_they_come():
+    table = Table()
+    table.add({"epoch": "1", "loss": "0.5", "time": "0:01"})
+    table.add({"epoch": "2", "valid loss": "0.7", "time": "0:01"})
+    assert table.cells(5) == [["epoch", "loss", "valid loss", "time"],
+                              ["1", "0.5", "", "0:01"], ["2", "", "0.7", "0:01"]]
+    assert table.cells(1)[1:] == [["2", "", "0.7", "0:01"]]
+
+
+@given(st.floats(-1e300, 1e300) | st.just(math.nan) | st.just(math.inf))
+def test_digits_are_short_and_right(value):
+    text = progress.digits(value)
+    assert len(text) <= 11
+    back = float(text)
+    assert back == pytest.approx(value, rel=5e-4, abs=1e-300, nan_ok=True)
+
+
+@pytest.mark.parametrize("state, word", [
+    ("finished", "finished · step 300 · 1 epoch · 0:10"),
+    ("stopped", "stopped at step 300 of 400 · 0:10 · 30 steps/s · learn.fit() goes on"),
+    ("interrupted", "interrupted at step 300 of 400 · 0:10 · 30 steps/s · learn.fit() goes on"),
+    ("failed", "failed at step 300 of 400 · ValueError: bad · 0:10 · learn.fit() goes on")])
+def test_last_word(state, word):
+    s = Status(state, 300, 0, 400, epoch=1, elapsed=10.0, error="ValueError: bad" if state == "failed" else "")
+    assert progress.last_word(s).startswith(word)
+
+
+def test_status_without_any_length():
+    s = Status(step=5, losses={"loss": math.nan}, elapsed=1.0)
+    assert s.eta is None and progress.status_line(s) == "epoch 1 · step 5 · loss nan · 0:01"
+
+
+class Screen(io.StringIO):
+    "What a terminal shows: carriage returns overwrite."
+
+    def lines(self):
+        out = []
+        for line in self.getvalue().split("\n"):
+            cells = []
+            for part in line.split("\r"): cells[: len(part)] = part
+            out.append("".join(cells).rstrip())
+        return out
+
+
+def output(make, **kw):
+    screen = Screen()
+    with contextlib.redirect_stdout(screen): make(**kw)
+    return screen
+
+
+def test_log_has_whole_lines():
+    screen = output(lambda: Run(Progress(place=lambda room: LogPlace())).fit(3))
+    assert "\r" not in screen.getvalue()
+    lines = screen.lines()
+    row = r"epoch \d/3 · discriminator loss 1.000 · generator loss 0.5000 · valid score 0\.\d+ · time 0:00"
+    assert all(re.match(row, line) for line in lines[:3])
+    assert lines[3].startswith("finished · step 30 · 3 epochs") and lines[4:] == [""]
+
+
+def test_log_gives_a_sign_of_life_inside_a_long_epoch():
+    view = Progress(place=lambda room: LogPlace(every=0.05), every=0.0)
+    screen = output(lambda: Run(view, batches=20, seconds=0.01).fit(1))
+    assert 1 <= sum(" · step " in line and line.startswith("epoch 1/1") for line in screen.lines()) <= 6
+
+
+@pytest.mark.parametrize("columns", [40, 60, 100, 200])
+def test_terminal_line_never_wraps_and_leaves_nothing(columns, monkeypatch, eager):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    screen = output(lambda: Run(Progress(place=lambda room: TerminalPlace())).fit(2))
+    assert all(len(part) < columns for line in screen.getvalue().split("\n") for part in line.split("\r")
+               if not line.endswith(part))
+    lines = [line for line in screen.lines() if line]
+    assert [line.split(" · ")[0] for line in lines] == ["epoch 1/2", "epoch 2/2", "finished"]
+    assert "█" not in "".join(lines)
+
+
+def test_places_work_without_fastprogress(monkeypatch, eager):
+    monkeypatch.setitem(sys.modules, "fastprogress", None)
+    monkeypatch.setitem(sys.modules, "fastprogress.fastprogress", None)
+    screen = output(lambda: Run(Progress(place=lambda room: TerminalPlace())).fit(1))
+    assert screen.lines()[-2].startswith("finished")
+    sent = notebook_messages(monkeypatch, lambda: Run(Progress(place=NotebookPlace)).fit(1))
+    assert all(set(data) == {"text/plain"} for data in sent)
+    assert sent[-1]["text/plain"].splitlines()[-1].startswith("finished")
+
+
+def test_output_that_cannot_show_a_dot():
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with contextlib.redirect_stdout(out): Run(Progress(place=lambda room: LogPlace())).fit(1)
+    out.seek(0)
+    assert out.read().splitlines()[-1].startswith("finished | step 10")
+
+
+# ---- in a notebook, seen through its messages
+
+def notebook_messages(monkeypatch, make):
+    "The bundles that displays and updates send."
+    import IPython.display
+    sent = []
+
+    class Handle:
+        def update(self, data, **kw): sent.append(data)
+
+    monkeypatch.setattr(IPython.display, "display", lambda data, **kw: sent.append(data) or Handle())
+    make()
+    return sent
+
+
+@pytest.mark.parametrize("end, at, kind", [
+    ("finished", None, "finished"), ("stopped", 15, "stopped"), ("interrupted", 15, "interrupted"),
+    (KeyboardInterrupt(), 15, "interrupted"), (ValueError("a < b"), 15, "failed")])
+def test_notebook_ends_with_a_word_and_the_table_and_no_bar(monkeypatch, eager, end, at, kind):
+    def make():
+        with contextlib.suppress(KeyboardInterrupt, ValueError):
+            Run(Progress(place=NotebookPlace)).fit(2, end=end, at=at)
+
+    sent = notebook_messages(monkeypatch, make)
+    live, last = [data["text/html"] for data in sent[:-1]], sent[-1]["text/html"]
+    assert all(html.count("<progress") == 2 and "<style>" in html for html in live)
+    assert "<progress" not in last and f'class="end {kind}"' in last and "<style>" in last
+    assert last.count("<tr>") == (3 if at is None else 2)  # headings and one row for each finished epoch
+    if kind == "failed": assert "ValueError: a &lt; b" in last
+    assert sent[-1]["text/plain"].splitlines()[-1].startswith(kind)
+
+
+def test_bars_are_fed_with_what_is_known(monkeypatch, eager):
+    sent = notebook_messages(monkeypatch, lambda: Run(Progress(place=NotebookPlace), batches=4).fit(2))
+    bars = [re.findall(r"<progress([^>]*)>", data["text/html"]) for data in sent[:-1]]
+    fit = [re.search(r'value="(\d+)"', first).group(1) for first, _ in bars if "value" in first]
+    assert [int(v) for v in fit] == sorted(map(int, fit)) and fit[0] == "0" and fit[-1] == "8"
+    assert all('max="8"' in first for first, _ in bars)
+    assert any("value" not in second for _, second in bars)  # validating: nobody knows how long
+    unsized = notebook_messages(monkeypatch, lambda: Run(Progress(place=NotebookPlace), sized=False).fit(1))
+    assert all("value" not in b for data in unsized[:-1] for b in re.findall(r"<progress([^>]*)>", data["text/html"]))
+
+
+def test_table_in_progress_is_bounded(monkeypatch, eager):
+    sent = notebook_messages(monkeypatch, lambda: Run(Progress(place=NotebookPlace), batches=1).fit(300))
+    assert max(len(data["text/html"]) for data in sent[:-1]) < 8_000
+    assert sent[-1]["text/html"].count("<tr>") == 201 and "100 earlier epochs" in sent[-1]["text/html"]
+
+
+def test_an_epoch_that_was_cancelled_has_its_row():
+    screen, run = Screen(), Run(Progress(place=lambda room: LogPlace()))
+    with contextlib.redirect_stdout(screen):
+        run.fit_start, run.fit_steps, run.state = 0, 20, "training"
+        run.emit("before_fit")
+        run._batch()
+        run.epoch, run.batch_idx = 1, 0  # no after_epoch
+        run.emit("before_epoch")
+        run.emit("cleanup_fit")
+    assert screen.lines()[0].startswith("epoch 1/2 · discriminator loss 1.000")
+
+
+def test_validation_outside_of_a_fit_shows_nothing():
+    view = Progress(place=lambda room: LogPlace())
+    assert output(lambda: view.after_validate_batch(Run())).getvalue() == ""
+    assert view.off is False
+
+
+# ---- budget and harmlessness
+
+def test_budget_holds_its_share():
+    now = [0.0]
+    budget, drawn = Budget(every=0.5, share=0.02, clock=lambda: now[0]), 0
+    while now[0] < 1000:
+        if budget.due():
+            with budget.spend(): now[0] += 0.2
+            drawn += 0.2
+        now[0] += 0.01
+    assert 0.015 < drawn / now[0] <= 0.0205
+
+
+def test_number_of_drawings_does_not_depend_on_steps(monkeypatch):
+    few, many = (len(notebook_messages(monkeypatch, lambda n=n: Run(Progress(place=NotebookPlace), batches=n).fit(1)))
+                 for n in (20, 3000))
+    assert few <= 3 and many <= 8
+
+
+@pytest.mark.parametrize("where_", ["before_fit", "after_batch", "after_epoch", "cleanup_fit"])
+def test_a_broken_view_warns_once_and_lets_the_run_go_on(where_):
+    class Broken(View):
+        calls = 0
+
+    def act(self, learn):
+        self.calls += 1
+        raise OSError("no display")
+
+    act.__name__ = where_
+    setattr(Broken, where_, quietly(act))
+    view = Broken()
+    with pytest.warns(UserWarning, match="Broken is switched off, the run goes on: OSError: no display") as caught:
+        run = Run(view)
+        run.fit(2)
+    assert run.state == "finished" and view.calls == len(caught) == 1
+    with pytest.warns(UserWarning): run.fit(1)  # a new fit is a new chance
+
+
+def test_an_interrupt_passes_through_a_view():
+    class Slow(View):
+        @quietly
+        def after_batch(self, learn): raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt): Run(Slow()).fit(1)
+
+
+def test_a_drawing_error_leaves_the_last_picture(monkeypatch, eager):
+    update, calls = Plot.update, []
+
+    def fails_later(self, snapshot):
+        calls.append(1)
+        if len(calls) > 2: raise RuntimeError("font")
+        update(self, snapshot)
+
+    monkeypatch.setattr(Plot, "update", fails_later)
+    with pytest.warns(UserWarning, match="Curves is switched off"):
+        sent = notebook_messages(monkeypatch, lambda: Run(Curves(live=True, refresh=0.0), seconds=0.05).fit(1))
+    assert "image/png" in sent[-1] and len(calls) == 3
+
+
+# ---- samples
+
+shapes = st.tuples(st.integers(1, 9), st.sampled_from([1, 3]), st.integers(1, 5), st.integers(1, 5))
+
+
+@given(hnp.arrays(np.float32, shapes,
+                  elements=st.floats(-2, 2, width=32)), st.integers(1, 5), st.integers(0, 3))
+@settings(max_examples=60, deadline=None)
+def test_grid_puts_every_image_in_its_place(images, nrow, pad):
+    grid, flat = sample_grid(torch.from_numpy(images), nrow, pad), to_uint8(images)
+    n, h, w, _ = flat.shape
+    columns = min(nrow, n)
+    assert grid.shape == (-(-n // columns) * (h + pad) + pad, columns * (w + pad) + pad, 3)
+    for i in range(n):
+        top, left = pad + i // columns * (h + pad), pad + i % columns * (w + pad)
+        np.testing.assert_array_equal(grid[top : top + h, left : left + w], np.broadcast_to(flat[i], (h, w, 3)))
+    if pad: assert (grid[:pad] == 255).all() and (grid[:, -pad:] == 255).all()
+
+
+@pytest.mark.parametrize("images", [torch.zeros(4, 2), torch.zeros(0, 1, 4, 4), torch.zeros(2, 2, 4, 4),
+                                    np.zeros((2, 4, 4), int)])
+def test_what_is_not_images_is_refused(images):
+    with pytest.raises(ValueError, match="images must be"): sample_grid(images)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_ranges(dtype):
+    x = torch.tensor([[[[-1.0, 0.0], [1.0, 0.5]]]])
+    np.testing.assert_array_equal(to_uint8(x.to(dtype)).ravel(), [0, 128, 255, 191])
+    np.testing.assert_array_equal(to_uint8(x.abs().to(dtype)).ravel(), [255, 0, 255, 128])
+
+
+def test_comparison_rows():
+    x, y = torch.zeros(3, 1, 4, 4), torch.ones(3, 3, 8, 8)
+    grid = comparison_grid(x, y, y)
+    assert grid.shape == (3 * 10 + 2, 3 * 10 + 2, 3)
+    assert (grid[2:10, 2:10] == 0).all() and (grid[12:20, 2:10] == 255).all()
+    with pytest.raises(ValueError, match="got 3, 2"): comparison_grid(x, y[:2])
+
+
+def test_looking_changes_nothing_of_the_model():
+    from types import SimpleNamespace as NS
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 1, 3, padding=1), torch.nn.BatchNorm2d(1), torch.nn.Dropout(0.5))
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    run = Run(pictures=False)
+    run.model, run.players = net, [NS(modules={"model": net})]
+    x, rng = torch.rand(4, 1, 8, 8), torch.get_rng_state()
+    view = Samples(compare(x, x))
+    run.cbs.add(view)
+    run.fit(2)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert net.training and all(m.training for m in net) and all(p.grad is None for p in net.parameters())
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert run.history.media["samples"][-1][1].shape == (3 * 10 + 2, 4 * 10 + 2, 3)
+    with pytest.raises(RuntimeError), watching(run): raise RuntimeError
+    assert net.training
+
+
+def test_samples_of_a_run(tmp_path):
+    run = Run(Samples(), run=tmp_path)
+    run.fit(2)
+    steps = [step for step, _ in run.history.media["samples"]]
+    assert sorted(o.name for o in (tmp_path / "samples").iterdir()) == [f"step_{step:07d}.png" for step in steps]
+    assert steps[0] == 0 and steps[-1] == 20 and len(steps) == len(set(steps))
+    with pytest.raises(ValueError): run.fit(1, end=ValueError("x"), at=25)
+    assert [step for step, _ in run.history.media["samples"]][-1] < 25  # a failed model is not asked
+
+
+def test_a_generator_of_points_is_left_alone():
+    run = Run(Samples(), pictures=False)
+    run.sample_fixed = lambda: torch.zeros(64, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run.fit(1)
+    assert run.history.media == {}
+
+
+def test_a_wrong_source_is_reported():
+    with pytest.warns(UserWarning, match=r"Samples is switched off.*got shape \(64, 2\)"):
+        Run(Samples(source=lambda learn: torch.zeros(64, 2))).fit(1)
+
+
+@pytest.mark.parametrize("every", ["batch", 0, -1.0, None])
+def test_bad_every(every):
+    with pytest.raises(ValueError, match="'epoch' or a number of seconds"): Samples(every=every)
+
+
+# ---- front
+
+@pytest.mark.parametrize("here, run, names", [
+    ("notebook", False, ["Progress", "Curves", "Samples"]), ("notebook", True, ["Progress", "Curves", "Samples"]),
+    ("terminal", False, ["Progress"]), ("ipython", False, ["Progress"]), ("script", False, ["Progress"]),
+    ("terminal", True, ["Progress", "Curves", "Samples"]), ("script", True, ["Progress", "Curves", "Samples"])])
+def test_front(here, run, names, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRAINKIT_WHERE", here)
+    assert [type(cb).__name__ for cb in front(Run(run=tmp_path if run else None))] == names
+
+
+def test_front_leaves_what_the_user_attached(monkeypatch):
+    monkeypatch.setenv("TRAINKIT_WHERE", "notebook")
+    assert [type(cb).__name__ for cb in front(Run(Curves(log=True), pictures=False))] == ["Progress"]
+
+
+def test_front_says_what_is_not_installed(monkeypatch, tmp_path):
+    monkeypatch.setattr(front_module, "find_spec", lambda name: None)
+    monkeypatch.setenv("TRAINKIT_WHERE", "notebook")
+    with pytest.warns(UserWarning, match=r"matplotlib \(curves and samples\).*'trainkit\[notebook\]'") as caught:
+        assert [type(cb).__name__ for cb in front(Run())] == ["Progress"]
+    assert len(caught) == 1
+    monkeypatch.setenv("TRAINKIT_WHERE", "script")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [type(cb).__name__ for cb in front(Run(run=tmp_path))] == ["Progress"]
