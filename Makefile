@@ -14,7 +14,7 @@ SHELL := /bin/bash
 export CHROMIUM
 unexport PYTHONHOME PYTHONPATH
 
-headline = @printf '\n\033[1m== %s\033[0m\n' '$(1)'
+headline = @printf '\n== %s\n' '$(1)'
 
 .PHONY: help demo lab test export clean drift unclean readme lint types notebooks unit browser chromium
 
@@ -75,7 +75,6 @@ readme: $(STAMP)
 lint: $(STAMP)
 	$(call headline,lint)
 	@$(BIN)/ruff check
-	@$(BIN)/ruff check --isolated --line-length 120 --select I --config lint.isort.lines-after-imports=1 trainkit
 
 types: $(STAMP)
 	$(call headline,types)

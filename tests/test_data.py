@@ -82,6 +82,12 @@ def test_other_numpy_dtypes_are_kept(dtype):
     assert str(row.dtype) == f"torch.{dtype}"
 
 
+def test_arrays_that_torch_cannot_share():
+    swapped, reversed_ = np.arange(4, dtype=">f4"), np.arange(4)[::-1]
+    assert as_tensor(swapped).tolist() == [0, 1, 2, 3] and as_tensor(reversed_).tolist() == [3, 2, 1, 0]
+    assert next(iter(as_loader((swapped, reversed_), batch_size=2)))[1].tolist() == [3, 2]
+
+
 def test_default_dtype_is_followed():
     torch.set_default_dtype(torch.float64)
     try:
@@ -181,9 +187,7 @@ def test_split_batch_forms():
     assert split_batch({"y": Y, "a": 1, "b": 2}) == ((), {"a": 1, "b": 2}, (Y,))
 
 
-@pytest.mark.parametrize(
-    "bad", ["abc", 3, None, [], {}, {"label": 1}, {"x": 1, "y": 2, "label": 3}, {0: 1, 1: 2}, {"a"}]
-)
+@pytest.mark.parametrize("bad", ["abc", 3, None, [], {}, {"label": 1}, {"x": 1, "y": 2, "label": 3}, {0: 1, 1: 2}, {"a"}])
 def test_split_batch_refuses(bad):
     with pytest.raises(TypeError, match="split function"):
         split_batch(bad)
@@ -192,9 +196,7 @@ def test_split_batch_refuses(bad):
 leaf = st.sampled_from([1, "text", 2.5, None])
 
 
-@given(
-    st.integers(1, 9), st.recursive(leaf, lambda c: st.lists(c, max_size=3) | st.dictionaries(st.text(), c, max_size=3))
-)
+@given(st.integers(1, 9), st.recursive(leaf, lambda c: st.lists(c, max_size=3) | st.dictionaries(st.text(), c, max_size=3)))
 def test_batch_size_is_that_of_the_first_array(n, clutter):
     assert batch_size_of([clutter, {"x": (torch.tensor(0.0), torch.zeros(n, 2), np.zeros(n + 1))}]) == n
 
@@ -390,9 +392,7 @@ def test_a_changed_loader_is_warned_of_or_refused():
     with pytest.warns(UserWarning, match="had 6 batches and 0 workers"):
         BatchStream(DataLoader(Noisy(), batch_size=1)).load_state_dict(saved)
     small = BatchStream(DataLoader(Noisy(), batch_size=4))
-    with pytest.raises(
-        ValueError, match="batch 4 of an epoch, and the train loader, DataLoader of length 3, has only 3"
-    ):
+    with pytest.raises(ValueError, match="batch 4 of an epoch, and the train loader, DataLoader of length 3, has only 3"):
         small.load_state_dict(saved)
     with pytest.raises(ValueError, match="lacks batch_idx"):
         small.load_state_dict({k: v for k, v in saved.items() if k != "batch_idx"})

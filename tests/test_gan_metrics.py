@@ -87,7 +87,7 @@ def test_float64_sums_do_not_drift():
     for _ in range(3000):
         score.update(part)
     assert score.compute() == pytest.approx(papers_formula(part.double().softmax(1)).item(), rel=1e-11)
-    assert score.probs.shape == (1, 2) and score.n.item() == 6000
+    assert score.sums.probs.shape == (1, 2) and score.sums.n.item() == 6000
 
 
 class Judge(nn.Module):
@@ -133,7 +133,7 @@ def test_a_failed_update_changes_nothing():
         with pytest.raises(ValueError, match="classifier"):
             score.update(bad)
     score.update(torch.zeros(0, 3))
-    assert score.compute() == before and score.n.item() == 4
+    assert score.compute() == before and score.sums.n.item() == 4
 
 
 def test_images_go_where_the_classifier_is_and_are_transformed():

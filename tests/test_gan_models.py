@@ -26,6 +26,15 @@ def test_shapes_and_ranges(size, num_classes, batchnorm):
     assert all(p.grad is not None for m in (G, D) for p in m.parameters())
 
 
+def test_images_fill_the_range_of_tanh():
+    torch.manual_seed(0)
+    G = DCGANGenerator(7, 16, 1, 2)
+    with torch.no_grad():
+        G.to_image[0].weight.mul_(1000)
+        images = G(G.sample_latent(8))
+    assert images.min() == pytest.approx(-1, abs=1e-3) and images.max() == pytest.approx(1, abs=1e-3)
+
+
 def test_parameter_counts_at_the_usual_defaults():
     assert n_params(DCGANGenerator()) == 1_068_931
     assert n_params(DCGANDiscriminator()) == 663_360

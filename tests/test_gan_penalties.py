@@ -59,6 +59,8 @@ def test_second_derivative_matches_numerical_one(penalty):
 def test_interpolation_draws_one_place_per_sample():
     mix = interpolate(torch.ones(500, 2, 3, 3), torch.zeros(500, 2, 3, 3)).flatten(1)
     assert (mix == mix[:, :1]).all() and len(mix[:, 0].unique()) > 450
+    own = torch.ones(2, 3, requires_grad=True)
+    assert not interpolate(own, own).requires_grad
     assert 0 <= mix.min() and mix.max() <= 1 and abs(mix.mean() - 0.5) < 0.06
 
 

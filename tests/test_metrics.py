@@ -210,9 +210,7 @@ def test_torchmetrics_over_batches_equal_the_whole():
     assert values["f1"] == pytest.approx(
         torchmetrics.functional.f1_score(pred, target, task="multiclass", num_classes=4, average="macro").item()
     )
-    assert values["auc"] == pytest.approx(
-        torchmetrics.functional.auroc(pred, target, task="multiclass", num_classes=4).item()
-    )
+    assert values["auc"] == pytest.approx(torchmetrics.functional.auroc(pred, target, task="multiclass", num_classes=4).item())
     assert f1._update_count == 0  # the caller's object was not used
 
 

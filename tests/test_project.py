@@ -2,8 +2,10 @@
 import ast
 import copy
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -347,6 +349,23 @@ def test_a_demonstration_that_fails_says_so(tmp_path, capsys):
     assert "by design" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_demonstration_leaves_no_kernel(sign, tmp_path):
+    cells = [new_code_cell("import os, time\nprint('kernel', os.getpid())"), new_code_cell("time.sleep(60)")]
+    nbformat.write(new_notebook(cells=cells), tmp_path / "x.ipynb")
+    command = [sys.executable, str(ROOT / "tools" / "demo.py"), str(tmp_path / "x.ipynb"), "--report", str(tmp_path / "r")]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    seen = []
+    while "sleep" not in (line := running.stdout.readline()):
+        seen += line.split()
+    running.send_signal(sign)
+    out, err = running.communicate(timeout=30)
+    assert running.returncode == 130
+    assert err.strip() == "interrupted"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(seen[seen.index("kernel") + 1]), 0)
+
+
 # --- the environment --------------------------------------------------------------------------------------------------
 
 def test_constraints_are_exact_and_name_no_place():
@@ -445,6 +464,6 @@ def test_a_module_imports_only_from_below(path):
     def number(of):
         return int(HEADER.search(of.read_text(encoding="utf-8"))[1])
     numbers = {module_name(p): number(p) for p in MODULES}
-    used = set(imports(path))
+    used = set(imports(path)) - {"trainkit", "trainkit.__version__"}  # the package's own name and number
     assert used <= set(numbers)
     assert [name for name in used if numbers[name] >= number(path)] == []

@@ -321,15 +321,19 @@ def test_validation_outside_of_a_fit_shows_nothing():
 
 # ---- budget and harmlessness
 
-def test_budget_holds_its_share():
+@pytest.mark.parametrize("cost", [0.001, 0.2, 3.0])
+def test_budget_holds_its_share(cost):
     now = [0.0]
-    budget, drawn = Budget(every=0.5, share=0.02, clock=lambda: now[0]), 0
+    budget, times = Budget(every=0.5, share=0.02, credit=0.5, clock=lambda: now[0]), []
     while now[0] < 1000:
         if budget.due():
-            with budget.spend(): now[0] += 0.2
-            drawn += 0.2
+            times.append(now[0])
+            with budget.spend(): now[0] += cost
         now[0] += 0.01
-    assert 0.015 < drawn / now[0] <= 0.0205
+    spent = cost * len(times)
+    assert spent <= 0.02 * now[0] + 0.5 + 2 * cost
+    assert min(b - a for a, b in zip(times, times[1:])) >= 0.5 + cost - 1e-9
+    if cost * 2 > 0.02: assert spent >= 0.9 * 0.02 * now[0]  # and uses it
 
 
 def test_number_of_drawings_does_not_depend_on_steps(monkeypatch):

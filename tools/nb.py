@@ -12,15 +12,18 @@ metadata, no widget state or views (their ids are new at every run), no memory a
 from __future__ import annotations
 
 import argparse
+import asyncio
 import hashlib
 import json
 import os
 import re
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import nbformat
 
@@ -150,8 +153,25 @@ def execute(nb: Notebook, folder: Path, timeout: float | None = 900, on_message:
             on_cell: Callable | None = None) -> Notebook:
     "Runs `nb` in a kernel of this Python with `folder` as working directory; returns it with outputs, not yet cleaned."
     from nbclient import NotebookClient
+    from nbclient.exceptions import DeadKernelError
+
+    interrupted = False
 
     class Client(NotebookClient):
+        @asynccontextmanager
+        async def async_setup_kernel(self, **kwargs: Any) -> AsyncIterator[None]:
+            "nbclient's own handlers stop the kernel under a run that goes on; here the run ends, then the kernel."
+            def stop() -> None:
+                nonlocal interrupted
+                interrupted = True
+                running.cancel()
+            async with super().async_setup_kernel(**kwargs):
+                running = cast(asyncio.Task, asyncio.current_task())
+                with suppress(RuntimeError, NotImplementedError):  # not the main thread, or Windows
+                    for sign in signal.SIGINT, signal.SIGTERM:
+                        asyncio.get_running_loop().add_signal_handler(sign, stop)
+                yield
+
         async def async_execute_cell(self, cell: Notebook, cell_index: int, **kwargs: Any) -> Notebook:
             if skipped(cell):
                 return cell
@@ -168,7 +188,12 @@ def execute(nb: Notebook, folder: Path, timeout: float | None = 900, on_message:
     nb = nbformat.reads(json.dumps(nb), as_version=4)
     client = Client(nb, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(folder)}},
                     extra_arguments=["--IPKernelApp.log_level=ERROR"])
-    return client.execute()
+    try:
+        return client.execute()
+    except (asyncio.CancelledError, DeadKernelError):
+        if interrupted:
+            raise KeyboardInterrupt from None
+        raise
 
 
 # --- checking ---------------------------------------------------------------------------------------------------------
@@ -318,6 +343,9 @@ def run(paths: list[Path], timeout: float) -> int:
         start = time.perf_counter()
         try:
             done = execute(read(path), path.resolve().parent, timeout)
+        except KeyboardInterrupt:
+            print(f"{path}: interrupted", file=sys.stderr)
+            return 130
         except (CellExecutionError, CellTimeoutError) as e:
             failed += 1
             print(f"{path}: failed after {time.perf_counter() - start:.0f} s\n{e}", file=sys.stderr)

@@ -78,6 +78,8 @@ def check_plain(
 
 def _plain(x: Any, path: str, known: dict[Any, Tensor], inside: tuple[int, ...]) -> Any:
     if type(x) in PLAIN_TYPES:
+        if (isinstance(x, bytes) and not x) or (isinstance(x, int) and x.bit_length() > 2039):
+            raise _refuse(path, x, "torch writes empty bytes and integers of more than 2039 bits, but doesn't read them")
         return x
     if isinstance(x, Tensor):
         return _plain_tensor(x, path, known)
@@ -106,7 +108,7 @@ def _plain_dict(x: dict, path: str, known: dict[Any, Tensor], inside: tuple[int,
 # %% ../nbs/22_checkpoint.ipynb #78886832
 def _kind(x: Any) -> str:
     for kind, name in ((Tensor, "tensor"), (Mapping, "dict"), ((bool, int, float), "number"), ((list, tuple), "list")):
-        if isinstance(x, kind):  # type: ignore[arg-type]
+        if isinstance(x, kind):
             return name
     return "None" if x is None else type(x).__name__
 
@@ -160,6 +162,11 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def _reason(error: BaseException) -> BaseException:
+    "The system's own words: torch reports that its file came out too short, in the context of why it did."
+    return error.__context__ if isinstance(error.__context__, OSError) else error
+
+# %% ../nbs/22_checkpoint.ipynb #17677ad9
 def write_atomically(
     path: Path,  # the file, in a folder that exists
     write: Callable[[IO[bytes]], Any],  # writes the content to a file object
@@ -178,7 +185,7 @@ def write_atomically(
             with contextlib.suppress(OSError):
                 temp.unlink(missing_ok=True)
         if isinstance(error, (OSError, RuntimeError)):
-            raise CheckpointError(f"could not write {path}: {error}. What was there before is untouched") from error
+            raise CheckpointError(f"could not write {path}: {_reason(error)}. What was there before is untouched") from error
         raise
     _sync_folder(path.parent)
 

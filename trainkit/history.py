@@ -72,7 +72,7 @@ def fetch(
     for key, idxs in groups.items():
         try: numbers = torch.stack([out[i].detach().reshape(()) for i in idxs]).tolist()
         except (RuntimeError, NotImplementedError) as e:
-            warnings.warn(f"{len(idxs)} recorded values on {key[0]} could not be read and are stored as nan: {e}", stacklevel=2)
+            warnings.warn(f"{len(idxs)} values on {key[0]} could not be read and are recorded as nan: {e}", stacklevel=2)
             numbers = [math.nan] * len(idxs)
         for i, number in zip(idxs, numbers): out[i] = number
     return [float(o) for o in out]
@@ -88,8 +88,8 @@ def as_scalar(
     "A float, or the detached tensor itself when reading it now would make the program wait for its device."
     if isinstance(value, torch.Tensor):
         if value.numel() != 1 or value.is_complex():
-            shape = tuple(value.shape)
-            raise ValueError(f"{name!r} must be one real number: got a {value.dtype} tensor of shape {shape}; reduce it first")
+            received = f"{value.dtype} tensor of shape {tuple(value.shape)}"
+            raise ValueError(f"{name!r} must be one real number: got a {received}; reduce it first")
         if value.is_cpu: return float(value.item())
         if value.requires_grad: value = value.detach()
         return value.clone() if value.untyped_storage().nbytes() > 4096 else value

@@ -26,7 +26,7 @@ from trainkit.callback import (
     EVENTS, Callback, CallbackList, Cancel, CancelBatch, CancelEpoch, CancelFit, CancelTurn, CancelValidate,
     loop_picture)  # fmt: skip
 from .checkpoint import CheckpointError, Checkpoints, Entry, diff_state
-from .data import BatchStream, Loaders, as_loaders, batch_size_of, length_of, split_batch
+from .data import BatchStream, Loaders, as_loaders, batch_size_of, describe, length_of, split_batch, worker_safe
 from .device import (
     Precision, apply_channels_last, compile_module, pick_device, preserve_rng, rng_state, seed_everything, set_rng_state,
     to_device, wants_channels_last)  # fmt: skip
@@ -41,7 +41,7 @@ from .settings import load_settings
 # %% auto #0
 __all__ = ['Emitter', 'Target', 'count', 'two_stage_interrupt', 'Turns', 'Loop', 'plan_schedules', 'Plan', 'Fit', 'Evaluate',
            'Measure', 'scalars', 'Gathered', 'Predict', 'RestoreError', 'State', 'groups_of', 'Restore', 'AutoSave',
-           'as_players', 'best_mode', 'Steps', 'describe', 'Learner']
+           'as_players', 'best_mode', 'Steps', 'Learner']
 
 # %% ../nbs/23_learner.ipynb #61b2e92b
 class Emitter:
@@ -642,6 +642,7 @@ class State(Predict):
                 found.append(f"{name}: the optimizer had parameter groups of {a} tensors, now {b}")
             if (a := was["schedule"].get("name")) != (b := now["schedule"].get("name")):
                 found.append(f"{name}: the schedule was {a!r}, now {b!r}")
+        found += self.stream.problems(state["stream"])
         lost = state["callbacks"].keys() - self.cbs.keyed().keys()
         found += [f"callback {key!r} has a state in the checkpoint and is not attached" for key in sorted(lost)]
         return found
@@ -806,18 +807,7 @@ class Steps(Restore):
             raise AttributeError(f"this learner has {len(modules)} modules; ask its players: {[p.name for p in self.players]}")
         return modules[0]
 
-
-def describe(batch: Any) -> str:
-    "A batch in a few words: types and shapes."
-    if isinstance(batch, Tensor):
-        return f"tensor {tuple(batch.shape)}"
-    if isinstance(batch, Mapping):
-        return "{" + ", ".join(f"{key}: {describe(value)}" for key, value in batch.items()) + "}"
-    if isinstance(batch, (list, tuple)):
-        return "(" + ", ".join(map(describe, batch)) + ")"
-    return type(batch).__name__
-
-# %% ../nbs/23_learner.ipynb #a66effc2
+# %% ../nbs/23_learner.ipynb #e3300a6d
 class Learner(Steps):
     "Trains players on data, one batch a step, announcing every point of the loop to its callbacks."
 
@@ -839,7 +829,9 @@ class Learner(Steps):
         if self.settings.seed is not None:
             seed_everything(self.settings.seed)
         self.players, self.split = as_players(model, loss, opt), split
-        self.loaders = as_loaders(dls, batch_size=self.settings.batch_size) if dls is not None else Loaders()
+        loaders = as_loaders(dls, batch_size=self.settings.batch_size)
+        valid, test = ({name: worker_safe(dl) for name, dl in dls.items()} for dls in (loaders.valid, loaders.test))
+        self.loaders = Loaders(loaders.train, valid, test)
         self.stream = BatchStream(self.loaders.train if self.loaders.train is not None else [])
         self.metrics = MetricSet(metrics)
         super().__init__(cbs)

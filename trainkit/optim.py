@@ -20,7 +20,7 @@ from .schedule import Curve, Schedule, find_scheduler, locate, path_of, register
 from .schedule import register_scheduler as register_scheduler  # people look for it here, too
 
 # %% auto #0
-__all__ = ['F', 'LIMITS', 'Named', 'HOW', 'P', 'torch_optimizers', 'register_optimizer', 'needs_closure', 'refuse_closure',
+__all__ = ['LIMITS', 'Named', 'HOW', 'torch_optimizers', 'register_optimizer', 'needs_closure', 'refuse_closure',
            'find_optimizer', 'check_value', 'keywords', 'check_options', 'named', 'label', 'trainable', 'groups_of',
            'check_disjoint', 'by_pattern', 'divide', 'fused_devices', 'can_fuse', 'has_kernel', 'align_gradients',
            'keep_how', 'align_state', 'split_factory', 'split_schedule', 'check_rule', 'OptimPlan', 'plain',
@@ -33,7 +33,7 @@ def torch_optimizers() -> dict[str, type[Optimizer]]:
     return {c.__name__.lower(): c for c in found if c is not Optimizer}
 
 # %% ../nbs/14_optim.ipynb #b2120070
-F = TypeVar("F", bound=Callable[..., Any])
+_F = TypeVar("_F", bound=Callable[..., Any])
 _REGISTERED: dict[str, Callable[..., Optimizer]] = {}
 
 
@@ -41,7 +41,7 @@ def register_optimizer(
     name: str,  # by which it can be asked for
     *,
     overwrite: bool = False,  # take the name from another one, or from torch's?
-) -> Callable[[F], F]:
+) -> Callable[[_F], _F]:
     "Make an Optimizer class, or a function `(params, **options) -> Optimizer`, known under a name."
     if not overwrite and (taken := torch_optimizers().get(str(name).lower())):
         raise ValueError(f"optimizer {name!r} is already {path_of(taken)}; overwrite=True replaces it")
@@ -296,7 +296,6 @@ def split_schedule(schedule: Any, **given: Any) -> tuple[Any, dict[str, Any], di
     return options.pop("name", "constant"), options, given
 
 
-
 def check_rule(name: str, factory: Callable[..., Optimizer], rule: Any, options: Mapping[str, Any]) -> Any:
     "The rule that divides the parameters, its options checked with those of the plan."
     if isinstance(rule, str):
@@ -352,7 +351,7 @@ def plain(value: Any, strict: bool = False) -> Any:
     return path_of(value)
 
 # %% ../nbs/14_optim.ipynb #cfd6fe28
-P = TypeVar("P", bound="WritablePlan")
+_P = TypeVar("_P", bound="WritablePlan")
 
 
 class WritablePlan(OptimPlan):
@@ -370,7 +369,7 @@ class WritablePlan(OptimPlan):
         default = {"schedule": "constant", "warmup": 0, "total": None, "fused": "auto", "params": None}
         return {**self.options, **{k: v for k, v in rest.items() if v is not default[k] and v != default[k]}}
 
-    def with_(self: P, **changes: Any) -> P:
+    def with_(self: _P, **changes: Any) -> _P:
         "A copy with some arguments changed."
         return type(self)(**{"name": self.factory, **self.arguments(), **changes})
 
@@ -380,12 +379,12 @@ class WritablePlan(OptimPlan):
         return {"name": name, **plain(self.arguments(), strict=True)}
 
     @classmethod
-    def from_dict(cls: type[P], plan: Mapping[str, Any]) -> P:
+    def from_dict(cls: type[_P], plan: Mapping[str, Any]) -> _P:
         "The plan that `to_dict` wrote, or one typed by hand."
         return cls(**plan)
 
     @classmethod
-    def from_settings(cls: type[P], optimizer: Mapping[str, Any], scheduler: Mapping[str, Any] | None = None) -> P:
+    def from_settings(cls: type[_P], optimizer: Mapping[str, Any], scheduler: Mapping[str, Any] | None = None) -> _P:
         "The plan of the sections `[optimizer]` and `[scheduler]`; None is the optimizer's own value."
         options, shape = ({k: v for k, v in (d or {}).items() if v is not None} for d in (optimizer, scheduler))
         fused = options.pop("fused", "auto")

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 # %% auto #0
-__all__ = ['F', 'STATE', 'constant', 'linear', 'cosine', 'cosine_restarts', 'polynomial', 'wsd', 'inverse_sqrt', 'exponential',
-           'step', 'piecewise', 'unknown', 'path_of', 'locate', 'register', 'register_scheduler', 'find_scheduler',
+__all__ = ['STATE', 'constant', 'linear', 'cosine', 'cosine_restarts', 'polynomial', 'wsd', 'inverse_sqrt', 'exponential', 'step',
+           'piecewise', 'unknown', 'path_of', 'locate', 'register', 'register_scheduler', 'find_scheduler',
            'check_warmup', 'check_options', 'Curve', 'PlannedCurve', 'BoundCurve', 'check_state', 'Schedule']
 
 # %% ../nbs/13_schedule.ipynb #9d063014
@@ -103,7 +103,7 @@ def locate(path: str) -> Any:
         raise ValueError(f"{path!r} can't be found: {error}") from error
 
 # %% ../nbs/13_schedule.ipynb #9d6717c8
-F = TypeVar("F", bound=Callable[..., Any])
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def register(
@@ -111,13 +111,13 @@ def register(
     kind: str,  # what it holds, for messages
     name: str,  # under which name; case and "-" don't matter
     overwrite: bool,  # take the name from another object?
-) -> Callable[[F], F]:
+) -> Callable[[_F], _F]:
     "A decorator that puts what it decorates into `registry`; ValueError when the name is taken by something else."
     if not isinstance(name, str) or not name or "." in name:
         raise ValueError(f"a {kind}'s name is a non-empty string without dots; received {name!r}")
     key = name.lower().replace("-", "_")
 
-    def add(fn: F) -> F:
+    def add(fn: _F) -> _F:
         if key in registry and path_of(registry[key]) != path_of(fn) and not overwrite:
             raise ValueError(f"{kind} {key!r} is already {path_of(registry[key])}; overwrite=True replaces it")
         registry[key] = fn
@@ -136,7 +136,7 @@ def register_scheduler(
     name: str,  # by which it can be asked for
     *,
     overwrite: bool = False,  # take the name from another function?
-) -> Callable[[F], F]:
+) -> Callable[[_F], _F]:
     "Make a function `(update, total, **options) -> multiplier` known under a name."
     return register(_SHAPES, "scheduler", name, overwrite)
 

@@ -12,26 +12,42 @@ import torch
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['classifier_score', 'evaluating', 'ClassifierScore']
+__all__ = ['ScoreSums', 'classifier_score', 'evaluating', 'class_probabilities', 'ClassifierScore']
 
 # %% ../../nbs/43_gan_metrics.ipynb #56dfa7dc
-def _from_sums(
-    n: Tensor,  # (S,) images seen by each split
-    probs: Tensor,  # (S, K) sums of p(y|x)
-    negentropy: Tensor,  # (S,) sums of Σ p log p
-) -> Tensor:  # (S,)
-    mean = probs / n[:, None]
-    return (negentropy / n - torch.xlogy(mean, mean).sum(1)).exp()
+class ScoreSums:
+    "The sums that make classifier scores, for images dealt out to `splits` parts in turn; float64 on the CPU."
 
+    def __init__(self, splits: int = 1) -> None:
+        self.n = torch.zeros(splits, dtype=torch.float64)  # images of each split
+        self.probs = torch.zeros(splits, 0, dtype=torch.float64)  # their sums of p(y|x); K is known after an `add`
+        self.entropy = torch.zeros(splits, dtype=torch.float64)  # their sums of -Σ p log p
+
+    def add(self, probs: Tensor) -> None:
+        "Add the class probabilities (B, K) of more images."
+        splits, classes = len(self.n), probs.shape[1]
+        if self.n.any() and self.probs.shape[1] != classes:
+            raise ValueError(f"the classifier answers with {classes} classes, before with {self.probs.shape[1]}")
+        p, split = probs.double().cpu(), (torch.arange(len(probs)) + int(self.n.sum())) % splits
+        self.n += split.bincount(minlength=splits)
+        self.probs = (self.probs if self.probs.numel() else p.new_zeros(splits, classes)).index_add(0, split, p)
+        self.entropy.index_add_(0, split, torch.special.entr(p).sum(1))
+
+    def scores(self) -> Tensor:
+        "exp(mean KL(p(y|x) ‖ p(y))) of each split, (splits,)."
+        mean = self.probs / self.n[:, None]
+        return (torch.special.entr(mean).sum(1) - self.entropy / self.n).exp()
+
+# %% ../../nbs/43_gan_metrics.ipynb #cedb2d2f
 def classifier_score(
     probs: Tensor,  # (N, K) class probabilities; every row sums to one
 ) -> Tensor:  # scalar float64 between 1 and K
     "exp(mean KL(p(y|x) ‖ p(y))) of class probabilities, the Inception score's form; Salimans et al. 2016, §4."
     if probs.ndim != 2 or len(probs) == 0:
         raise ValueError(f"class probabilities have shape {tuple(probs.shape)}; expected (images, classes)")
-    p = probs.double()
-    n = torch.tensor([len(p)], dtype=torch.float64, device=p.device)
-    return _from_sums(n, p.sum(0, keepdim=True), torch.xlogy(p, p).sum().view(1))[0]
+    sums = ScoreSums()
+    sums.add(probs.detach())
+    return sums.scores()[0]
 
 # %% ../../nbs/43_gan_metrics.ipynb #331c23c5
 @contextmanager
@@ -49,6 +65,24 @@ def evaluating(
             module.training = mode
 
 # %% ../../nbs/43_gan_metrics.ipynb #4b76c8fb
+def class_probabilities(
+    classifier: nn.Module,  # images (B, …) to logits (B, K)
+    images: Tensor,  # (N, …), on any device
+    batch_size: int = 256,  # how many images the classifier sees at once
+    transform: Callable[[Tensor], Tensor] | None = None,  # from your images to the classifier's, e.g. a resize
+) -> Tensor:  # (N, K) float64, on the classifier's device
+    "What a classifier thinks of images: softmax of its logits, in eval mode and without gradients."
+    weight = next(classifier.parameters(), images)
+    answers = []
+    with evaluating(classifier):
+        for part in images.detach().split(batch_size):
+            part = part.to(weight.device)
+            answers.append(classifier(part if transform is None else transform(part)))
+    if answers[0].ndim != 2:
+        raise ValueError(f"the classifier's answer has shape {tuple(answers[0].shape)}; expected (images, classes)")
+    return torch.cat(answers).double().softmax(1)
+
+# %% ../../nbs/43_gan_metrics.ipynb #f415a2a9
 class ClassifierScore:
     "exp(mean KL(p(y|x) ‖ p(y))) of images under a classifier of yours, collected batch by batch; Salimans 2016, §4."
 
@@ -66,44 +100,19 @@ class ClassifierScore:
 
     def reset(self) -> None:
         "Forget all images."
-        self.n = torch.zeros(self.splits, dtype=torch.float64)  # images seen by each split
-        self.probs = torch.zeros(self.splits, 0, dtype=torch.float64)  # sums of p(y|x); K is known after an update
-        self.negentropy = torch.zeros(self.splits, dtype=torch.float64)
+        self.sums = ScoreSums(self.splits)
 
-    def _ask(self, images: Tensor) -> Tensor:
-        "Logits of one portion, in float64 on the CPU."
-        weight = next(self.classifier.parameters(), None)
-        images = images.detach().to(weight.device if weight is not None else images.device)
-        logits = self.classifier(images if self.transform is None else self.transform(images))
-        if logits.ndim != 2:
-            raise ValueError(f"the classifier's answer has shape {tuple(logits.shape)}; expected (images, classes)")
-        return logits.double().cpu()
+    def update(self, images: Tensor) -> None:
+        "Add a batch of images (B, …), on any device."
+        if len(images):
+            self.sums.add(class_probabilities(self.classifier, images, self.batch_size, self.transform))
 
-    def update(
-        self,
-        images: Tensor,  # (B, …), on any device
-    ) -> None:
-        "Add a batch of images."
-        if len(images) == 0:
-            return
-        with evaluating(self.classifier):
-            log_p = torch.cat([self._ask(part) for part in images.split(self.batch_size)]).log_softmax(1)
-        p, classes = log_p.exp(), log_p.shape[1]
-        split = (torch.arange(len(p)) + int(self.n.sum())) % self.splits
-        if self.probs.shape[1] == 0:
-            self.probs = self.probs.new_zeros(self.splits, classes)
-        if self.probs.shape[1] != classes:
-            raise ValueError(f"the classifier answers with {classes} classes, before with {self.probs.shape[1]}")
-        self.n += split.bincount(minlength=self.splits)
-        self.probs.index_add_(0, split, p)
-        self.negentropy.index_add_(0, split, -torch.special.entr(p).sum(1))
+    def compute_splits(self) -> Tensor:
+        "The score of each split by itself, (splits,) float64."
+        if self.sums.n.min() == 0:
+            raise ValueError(f"{self.splits} splits need as many images; update() has seen {int(self.sums.n.sum())}")
+        return self.sums.scores()
 
-    def compute_splits(self) -> Tensor:  # (splits,) float64
-        "The score of each split by itself."
-        if self.n.min() == 0:
-            raise ValueError(f"{self.splits} splits need as many images; update() has seen {int(self.n.sum())}")
-        return _from_sums(self.n, self.probs, self.negentropy)
-
-    def compute(self) -> float:  # between 1 and K
-        "The mean score over the splits."
+    def compute(self) -> float:
+        "The mean score over the splits, between 1 and K."
         return self.compute_splits().mean().item()

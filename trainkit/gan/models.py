@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['up_block', 'down_block', 'doublings', 'dcgan_init', 'DCGANGenerator', 'DCGANDiscriminator']
+__all__ = ['up_block', 'down_block', 'doublings', 'dcgan_init', 'join_labels', 'DCGANGenerator', 'DCGANDiscriminator']
 
 # %% ../../nbs/42_gan_models.ipynb #4a32b375
 def up_block(
@@ -59,14 +59,23 @@ def dcgan_init(
             nn.init.zeros_(module.bias)
 
 # %% ../../nbs/42_gan_models.ipynb #c1b1d5b7
-def _check_labels(model: nn.Module, batch: int, num_classes: int, labels: Tensor | None) -> None:
-    name = type(model).__name__
-    if num_classes == 0 and labels is not None:
+def join_labels(
+    x: Tensor,  # (B, C, H, W): an image, or noise as an image of one pixel
+    labels: Tensor | None,  # int64 (B,), exactly when there is an embedding
+    embed: nn.Embedding | None,  # from labels to vectors of length K
+    name: str,  # of the network, for its errors
+) -> Tensor:  # (B, C + K, H, W); without an embedding, x itself
+    "Append each sample's label vector to its channels, the same at every pixel; Mirza & Osindero 2014."
+    if embed is None and labels is None:
+        return x
+    if embed is None:
         raise ValueError(f"{name} was built without classes but got labels; build it with num_classes=…")
-    if num_classes > 0 and labels is None:
-        raise ValueError(f"{name} was built with num_classes={num_classes} and needs labels")
-    if labels is not None and (labels.shape != (batch,) or labels.is_floating_point()):
-        raise ValueError(f"{name} needs integer labels of shape ({batch},), got {tuple(labels.shape)} {labels.dtype}")
+    if labels is None:
+        raise ValueError(f"{name} was built with num_classes={embed.num_embeddings} and needs labels")
+    if labels.shape != x.shape[:1] or labels.is_floating_point():
+        raise ValueError(f"{name} needs integer labels of shape ({len(x)},), got {tuple(labels.shape)} {labels.dtype}")
+    planes = embed(labels)[:, :, None, None].expand(-1, -1, *x.shape[2:])
+    return torch.cat([x, planes.to(x.dtype)], dim=1)
 
 # %% ../../nbs/42_gan_models.ipynb #f829fb72
 class DCGANGenerator(nn.Module):
@@ -98,10 +107,7 @@ class DCGANGenerator(nn.Module):
     ) -> Tensor:
         if z.ndim != 2 or z.shape[1] != self.latent_dim:
             raise ValueError(f"noise has shape {tuple(z.shape)}; expected (batch, {self.latent_dim})")
-        _check_labels(self, len(z), self.num_classes, labels)
-        if self.embed is not None and labels is not None:
-            z = torch.cat([z, self.embed(labels)], dim=1)
-        return self.to_image(self.blocks(z[:, :, None, None]))
+        return self.to_image(self.blocks(join_labels(z[:, :, None, None], labels, self.embed, type(self).__name__)))
 
     def sample_latent(
         self,
@@ -144,11 +150,7 @@ class DCGANDiscriminator(nn.Module):
         "The last feature map, (B, channels · in_size/8, 4, 4)."
         if x.shape[1:] != self.image_shape:
             raise ValueError(f"images have shape {tuple(x.shape)}; expected (batch, {str(self.image_shape)[1:]}")
-        _check_labels(self, len(x), self.num_classes, labels)
-        if self.embed is not None and labels is not None:
-            planes = self.embed(labels)[:, :, None, None].expand(-1, -1, *x.shape[2:])
-            x = torch.cat([x, planes.to(x.dtype)], dim=1)
-        return self.blocks(x)
+        return self.blocks(join_labels(x, labels, self.embed, type(self).__name__))
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         return self.to_logit(self.features(x, labels)).flatten()

@@ -170,7 +170,7 @@ def view_limits(
 ) -> tuple[float, float]:
     "Where the axis begins and ends: all values, unless a few outliers would flatten the rest."
     values = np.clip(values[np.isfinite(values)], -1e300, 1e300)
-    if log: values = np.log10(np.clip(values[values > 0], 1e-280, 1e280))
+    if log: values = np.log10(np.clip(values[values > 0], 1e-250, 1e250))
     if not len(values): return (0.1, 1.0) if log else (0.0, 1.0)
     low, high, inner_low, inner_high = np.quantile(values, [0, 1, 0.02, 0.98])
     if len(values) > 50 and high - low > 3 * (inner_high - inner_low) > 0:
@@ -193,14 +193,15 @@ class Panel:
     def __init__(self, ax: Any, title: str, colours: Mapping[str, str], log: bool, smooth: float):  # series -> colour
         self.ax, self.log, self._positive = ax, log, False
         self.curves = [Curve(ax, name, colour, smooth) for name, colour in colours.items()]
-        ax.set_title(title, loc="left", fontsize=9.5, fontweight="bold", color="#333333")
+        ax.set_title(title, loc="left", y=1.0, fontsize=9.5, fontweight="bold", color="#333333")
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(axis="y", color="#e6e6e6", lw=0.7)
         ax.tick_params(which="both", labelsize=8, colors="#555555", length=3)
         ax.xaxis.set_major_formatter(short)
         ax.yaxis.set_major_formatter("{x:.4g}")
         ax.locator_params(axis="x", nbins=5, integer=True)
-        ax.set_xlabel("step", fontsize=8, color="#555555", labelpad=1)
+        ax.set_xlabel("step", fontsize=8, color="#555555")
+        ax.xaxis.set_label_coords(0.5, -0.1)  # a stated place saves a search among the tick labels at every drawing
         self.legend: Any = self._legend([label_of(name) for name in colours], len(title)) if colours else None
 
     def _legend(self, labels: Sequence[str], title: int) -> Any:
@@ -260,8 +261,8 @@ class MarkLines:
         self.epochs.set_segments([[(x, 0), (x, 1)] for x in epochs])
         self.done.set_segments([[(x, 0), (x, 1)] for x, _ in done])
         for text in self._texts: text.remove()
-        self._texts = [self.ax.text(x, 0.02, f" {name}", transform=self.ax.get_xaxis_transform(), rotation=90, ha="right",
-                                    va="bottom", fontsize=7, color="#666666", clip_on=True)
+        style: dict[str, Any] = dict(rotation=90, ha="right", va="bottom", fontsize=7, color="#666666", clip_on=True)
+        self._texts = [self.ax.text(x, 0.02, name, transform=self.ax.get_xaxis_transform(), **style)
                        for x, name in done if name and self.names]
 
 # %% ../../nbs/51_ui_plots.ipynb #8a15deed
@@ -279,7 +280,7 @@ class Plot:
     ):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-        if not 0 <= smooth < 1: raise ValueError(f"smooth is the weight of a neighbour, 0 <= smooth < 1: got {smooth!r}")
+        if not 0 <= smooth < 1: raise ValueError(f"smooth is a neighbour's weight, 0 <= smooth < 1: got {smooth!r}")
         self.names, self.log, self.smooth, self.most, self.row = names, log, smooth, most, height
         self.figure = Figure(figsize=(width, height), dpi=100, facecolor="white")
         self.canvas = FigureCanvasAgg(self.figure)
@@ -298,7 +299,7 @@ class Plot:
             left, bottom = column / columns + 0.52 / width, (rows - 1 - row) / rows + 0.42 / height
             ax = self.figure.add_axes((left, bottom, 1 / columns - 0.62 / width, 1 / rows - 0.72 / height))
             self.panels.append((Panel(ax, title, colours.get(title, {}), self.log, self.smooth), MarkLines(ax, i == 0)))
-        if not layout: self.panels[0][0].ax.set(xlim=(0, 1), xticks=[], yticks=[], xlabel="waiting for the first values")
+        if not layout: self.panels[0][0].ax.set(xticks=[], yticks=[], xlabel="waiting for the first values")
 
     def update(self, snapshot: Snapshot) -> None:
         "Draw what the history holds."
@@ -358,7 +359,7 @@ def save_png(
 
 # %% ../../nbs/51_ui_plots.ipynb #d8f902fd
 def live_widgets() -> Any:
-    "ipywidgets, if it is installed and a person may be looking (who executes notebooks cannot answer questions); or None."
+    "ipywidgets, if installed and somebody may look on (a program that executes notebooks answers no `input()`), or None."
     kernel = getattr(getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)(), "kernel", None)
     if not getattr(kernel, "_allow_stdin", False): return None
     try: import ipywidgets
@@ -382,10 +383,10 @@ class LivePicture:
     def __init__(
         self,
         text: str,  # what readers without pictures see
-        width: int | None = None,  # CSS pixels; None: one for each pixel
+        longest: int,  # CSS pixels of the longer side
         live: bool | None = None,  # show at all; None: in a notebook
     ):
-        self.text, self.width, self.live = text, width, where() == "notebook" if live is None else live
+        self.text, self.longest, self.live = text, longest, where() == "notebook" if live is None else live
         self._handle: Any = None
         self._widget: Any = None
         self._last: np.ndarray | None = None
@@ -395,7 +396,10 @@ class LivePicture:
         if self._widget is not None:
             data["application/vnd.jupyter.widget-view+json"] = {
                 "version_major": 2, "version_minor": 0, "model_id": self._widget.model_id}
-        return display(data, metadata={"image/png": {"width": self.width or pixels.shape[1]}}, raw=True, **kw)
+        return display(data, metadata={"image/png": {"width": self._width(pixels)}}, raw=True, **kw)
+
+    def _width(self, pixels: np.ndarray) -> int:
+        return round(self.longest * pixels.shape[1] / max(pixels.shape[:2]))
 
     def show(self, pixels: np.ndarray) -> None:
         "Replace the picture; the first one makes the output."
@@ -405,7 +409,7 @@ class LivePicture:
         elif self._handle is not None: self._send(self._handle.update, pixels)
         else:
             from IPython.display import display
-            self._widget = image_widget(pixels, self.width or pixels.shape[1])
+            self._widget = image_widget(pixels, self._width(pixels))
             self._handle = self._send(display, pixels, display_id=True)
 
     def close(self, pixels: np.ndarray | None = None) -> None:
@@ -442,7 +446,8 @@ class Curves(View):
         width: float = 9.0,  # inches, of 100 CSS pixels
         live: bool | None = None,  # show in a cell's output; None: in a notebook
     ):
-        self.names, self.log, self.smooth, self.refresh, self.width, self.live = names, log, smooth, refresh, width, live
+        self.names, self.log, self.smooth, self.width = names, log, smooth, width
+        self.refresh, self.live = refresh, live
         self._picture: LivePicture | None = None
 
     @quietly
@@ -450,8 +455,8 @@ class Curves(View):
         "A fresh picture for every fit."
         picture = LivePicture("curves of the run: learn.history.scalars", round(100 * self.width), self.live)
         if not picture.live: return
-        self._plot, self._budget, self._drawn = Plot(self.names, self.log, self.smooth, self.width), Budget(self.refresh), -1
-        self._picture = picture
+        self._plot, self._picture = Plot(self.names, self.log, self.smooth, self.width), picture
+        self._budget, self._drawn = Budget(self.refresh), -1
         self._look(learn)
 
     def _look(self, learn: Any) -> None:

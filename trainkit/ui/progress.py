@@ -40,7 +40,8 @@ def quietly(
         try: method(self, learn)
         except Exception as e:
             self.off = True
-            warnings.warn(f"{type(self).__name__} is switched off, the run goes on: {type(e).__name__}: {e}", stacklevel=2)
+            name, error = type(self).__name__, f"{type(e).__name__}: {e}"
+            warnings.warn(f"{name} is switched off, the run goes on: {error}", stacklevel=2)
             try: self._abandon()
             except Exception as again: e.__context__ = again
     return run
@@ -61,16 +62,18 @@ class View(Callback):
 
 # %% ../../nbs/50_ui_progress.ipynb #566f4f54
 class Budget:
-    "When a view may draw: at most once in `every` seconds, and for at most `share` of the time."
+    "When a view may draw: at most once in `every` seconds, and for at most `share` of the time after the first `credit`."
 
     def __init__(
         self,
         every: float = 0.25,  # seconds between the end of a drawing and the next one
         share: float = 0.02,  # of the wall time
+        credit: float = 0.5,  # seconds of drawing that are free
         clock: Callable[[], float] = time.perf_counter,  # in seconds
     ):
         self.every, self.share, self.clock = every, share, clock
-        self.next, self.cost = -math.inf, 0.0  # when the next drawing is due; what the last one took
+        self.begin, self.next = clock(), -math.inf  # when the next drawing is due
+        self.cost, self.charged = 0.0, -credit  # what the last one took, all of them
 
     def due(self) -> bool:
         "May it draw now?"
@@ -83,8 +86,9 @@ class Budget:
         try: yield
         finally:
             end = self.clock()
-            steady, self.cost = min(self.cost, end - start), end - start
-            self.next = end + max(self.every, steady * (1 - self.share) / self.share)
+            self.charged += min(self.cost, end - start)
+            self.cost = end - start
+            self.next = max(end + self.every, self.begin + self.charged / self.share)
 
 # %% ../../nbs/50_ui_progress.ipynb #7d7605f8
 @dataclass(frozen=True)
@@ -270,7 +274,7 @@ STYLES = """<style>
 .trainkit table.fastprogress tr { height: 22px; }
 .trainkit table.fastprogress th, .trainkit table.fastprogress td { padding: 0 12px; text-align: right; line-height: 1.3;
   border: 1px solid rgba(128,128,128,.35); color: inherit; background: transparent; }
-.trainkit table.fastprogress thead tr, .trainkit table.fastprogress tbody tr { color: inherit; background: transparent; }
+.trainkit table.fastprogress thead tr, .trainkit table.fastprogress tbody tr { color: inherit; background: none; }
 .trainkit table.fastprogress tbody tr:nth-of-type(even) { background: rgba(128,128,128,.1); }
 .trainkit .finished { border-left: 4px solid #43A047; } .trainkit .stopped { border-left: 4px solid #FB8C00; }
 .trainkit .interrupted { border-left: 4px solid #FB8C00; } .trainkit .failed { border-left: 4px solid #E53935; }
@@ -283,7 +287,8 @@ def bars_html(s: Status) -> str:
     from fastprogress import fastprogress as fp
     validating = s.state == "validating"
     label = "validating" if validating else f"batch {of(s.batch, s.batches)}"
-    fit = fp.html_progress_bar(s.step - s.start, s.steps, join(epoch_text(s), f"step {of(s.step, s.last_step)}", pace(s)))
+    at = join(epoch_text(s), f"step {of(s.step, s.last_step)}", pace(s))
+    fit = fp.html_progress_bar(s.step - s.start, s.steps, at)
     epoch = fp.html_progress_bar(s.batch, None if validating else s.batches, join(label, losses(s)))
     return fp.to_xml(fit) + fp.to_xml(epoch)
 
@@ -345,8 +350,8 @@ class NotebookPlace:
     def close(self, s: Status, table: Table) -> None:
         "The last word, and the table for good."
         word = last_word(s)
-        text = "\n".join([table.text(200), word] if table.rows else [word])
-        self._send(text, lambda: f'<div class="end {s.state}">{html.escape(word)}</div>', lambda: table_html(table, 200))
+        text, line = "\n".join([table.text(200), word] if table.rows else [word]), html.escape(word)
+        self._send(text, lambda: f'<div class="end {s.state}">{line}</div>', lambda: table_html(table, 200))
 
 
 def status_line(s: Status) -> str:

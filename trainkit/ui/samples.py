@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from .progress import Budget, View, quietly
 # %% ../../nbs/52_ui_samples.ipynb #d98f32ce
 def to_uint8(
     images: Any,  # tensor or array: N x C x H x W or N x H x W, floats or uint8; C is 1 or 3
-    value_range: tuple[float, float] | None = None,  # of floats: black and white; None: [-1, 1] or [0, 1], by their sign
+    value_range: tuple[float, float] | None = None,  # black and white; None: [-1, 1] or [0, 1], by the sign of floats
 ) -> np.ndarray:
     "The images as uint8 N x H x W x C, as pictures are stored."
     a = images.detach().float().cpu().numpy() if isinstance(images, torch.Tensor) and images.dtype != torch.uint8 \
@@ -160,7 +160,7 @@ class Samples(View):
     def __init__(
         self,
         source: Callable[[Any], Any] = fixed_noise,  # learner -> images, or a uint8 picture height x width x 3
-        every: Literal["epoch"] | float = "epoch",  # or so many seconds
+        every: str | float = "epoch",  # or so many seconds
         n: int = 64,  # images of a grid at most
         nrow: int = 8,  # images in a row
         name: str = "samples",  # in the history, and of the folder in the run's folder
@@ -168,16 +168,17 @@ class Samples(View):
     ):
         if every != "epoch" and not (isinstance(every, (int, float)) and every > 0):
             raise ValueError(f"every must be 'epoch' or a number of seconds > 0: got {every!r}")
-        self.sampler, self.every, self.live = Sampler(source, n, nrow, name), every, live
-        self._budget = Budget(0.0 if every == "epoch" else float(every), share=0.05)
+        self.seconds = None if every == "epoch" else float(every)
+        self.sampler, self.live = Sampler(source, n, nrow, name), live
         self._step = -1
         self._picture: LivePicture | None = None
 
     @quietly
     def before_fit(self, learn: Any) -> None:
         "A fresh picture for every fit, of the model as it is."
-        name = self.sampler.name
-        self._step, self._picture = -1, LivePicture(f"{name}: learn.history.media[{name!r}]", live=self.live)
+        self._budget = Budget(self.seconds or 1.0, share=0.05)
+        self._step, name = -1, self.sampler.name
+        self._picture = LivePicture(f"{name}: learn.history.media[{name!r}]", longest=384, live=self.live)
         self._look(learn)
 
     def _look(self, learn: Any) -> None:
@@ -190,13 +191,13 @@ class Samples(View):
 
     @quietly
     def after_epoch(self, learn: Any) -> None:
-        "Look, if the last look was cheap enough."
-        if self.every == "epoch" and self._budget.due(): self._look(learn)
+        "Look, if the last look was long enough ago."
+        if self.seconds is None and self._budget.due(): self._look(learn)
 
     @quietly
     def after_batch(self, learn: Any) -> None:
         "Look, if it is time."
-        if self.every != "epoch" and self._budget.due(): self._look(learn)
+        if self.seconds is not None and self._budget.due(): self._look(learn)
 
     @quietly
     def cleanup_fit(self, learn: Any) -> None:
