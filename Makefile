@@ -12,6 +12,8 @@ QUICKSTART := nbs/tutorials/01_quickstart.ipynb
 CHROMIUM ?= /usr/bin/chromium
 SHELL := /bin/bash
 export CHROMIUM
+# Threads that wait by spinning make a step on a busy machine several times as long.
+export OMP_WAIT_POLICY ?= PASSIVE
 unexport PYTHONHOME PYTHONPATH
 
 headline = @printf '\n== %s\n' '$(1)'

@@ -20,8 +20,9 @@ from trainkit.ui import front as front_module
 from trainkit.ui import plots, progress
 from trainkit.ui.front import front
 from trainkit.ui.plots import Curves, Plot, decimate, moving_average, plot_history, trend, view_limits
-from trainkit.ui.progress import Budget, LogPlace, NotebookPlace, Progress, Status, Table, TerminalPlace, View, quietly
+from trainkit.ui.progress import LogPlace, NotebookPlace, Progress, Status, Table, TerminalPlace
 from trainkit.ui.samples import Samples, compare, comparison_grid, sample_grid, to_uint8, watching
+from trainkit.ui.view import Budget, View, quietly
 
 values_or_nan = st.floats(-1e6, 1e6) | st.just(math.nan)
 curve = hnp.arrays(np.float64, st.integers(1, 3000), elements=values_or_nan, fill=st.floats(-1, 1))
@@ -186,6 +187,11 @@ def test_last_word(state, word):
     assert progress.last_word(s).startswith(word)
 
 
+def test_last_word_promises_nothing_that_does_not_go_on():
+    for s in (Status("stopped", 400, 0, 400), Status("failed", 5, 5, 400, error="TypeError: x"), Status("finished", 400)):
+        assert "goes on" not in progress.last_word(s)
+
+
 def test_status_without_any_length():
     s = Status(step=5, losses={"loss": math.nan}, elapsed=1.0)
     assert s.eta is None and progress.status_line(s) == "epoch 1 · step 5 · loss nan · 0:01"
@@ -213,7 +219,7 @@ def test_log_has_whole_lines():
     screen = output(lambda: Run(Progress(place=lambda room: LogPlace())).fit(3))
     assert "\r" not in screen.getvalue()
     lines = screen.lines()
-    row = r"epoch \d/3 · discriminator loss 1.000 · generator loss 0.5000 · valid score 0\.\d+ · time 0:00"
+    row = r"epoch \d/3 · discriminator loss 1.000 · generator loss 0.5000 · valid score 0\.\d+ · time \d\.\d s"
     assert all(re.match(row, line) for line in lines[:3])
     assert lines[3].startswith("finished · step 30 · 3 epochs") and lines[4:] == [""]
 

@@ -26,7 +26,7 @@ def plain(data: dict[str, Any]) -> str:
     if "text/html" in data:
         markup = re.sub(r"<(style|script).*?</\1>", " ", notebooks.joined(data["text/html"]), flags=re.S | re.I)
         text = html.unescape(re.sub(r"<[^>]+>", " ", markup))
-    elif re.match(r"<|\w+\(children=|\w+\(value=b", text):
+    elif re.match(r"<|\w+\(children=|\w+\(value=b", text) or any(mime.startswith("image/") for mime in data):
         return ""
     return " ".join(notebooks.ANSI.sub("", text).split())
 

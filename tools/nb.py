@@ -185,6 +185,7 @@ def execute(nb: Notebook, folder: Path, timeout: float | None = 900, on_message:
             return super().process_message(msg, cell, cell_index)
 
     os.environ.update(IN_TEST="1", JUPYTER_PREFER_ENV_PATH="1")  # no export from within; the kernel of this environment
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads cost a busy machine five times the step
     nb = nbformat.reads(json.dumps(nb), as_version=4)
     client = Client(nb, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(folder)}},
                     extra_arguments=["--IPKernelApp.log_level=ERROR"])
@@ -391,7 +392,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "html":
         write_if_new(args.page, make_html(read(args.notebook), args.notebook.stem))
         return 0
-    paths = all_notebooks() if args.paths == [Path("all")] else args.paths
+    paths = [p for given in args.paths for p in (all_notebooks() if given == Path("all") else [given])]
     if args.command == "run":
         return run(paths, args.timeout)
     if args.command == "check":

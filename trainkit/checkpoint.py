@@ -257,7 +257,7 @@ def read_checkpoint(
     return _load(path)
 
 # %% ../nbs/22_checkpoint.ipynb #49bd0737
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Entry:
     "One checkpoint: which, when, how good."
 
@@ -268,7 +268,13 @@ class Entry:
     time: float = 0.0  # seconds since the epoch
     size: int = 0  # bytes
     info: dict[str, Any] = field(default_factory=dict, hash=False)
-    thumbnail: bytes | None = field(default=None, repr=False)  # a PNG
+    thumbnail: bytes | None = None  # a PNG
+
+    def __repr__(self) -> str:
+        said = [f"step {self.step}", *(f"{k} {self.info[k]}" for k in ("epoch", "note") if self.info.get(k))]
+        said += [] if self.score is None else [f"score {self.score:.4g}"]
+        said += ["pinned"] if self.pinned else []
+        return f"checkpoint {self.id!r}: {', '.join(said)} ({self.path})"
 
     @property
     def pinned(self) -> bool:

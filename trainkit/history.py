@@ -146,7 +146,7 @@ class Mark:
     time: float = 0.0  # seconds since 1970
     data: dict[str, Any] = field(default_factory=dict)
 
-
+# %% ../nbs/01_history.ipynb #47eaab37
 def plain(
     value: Any,  # what to convert
     name: str = "data",  # how to call it in the error
@@ -264,7 +264,7 @@ def to_rows(
         rows[-1]["values"][name] = value
     return rows
 
-
+# %% ../nbs/01_history.ipynb #0a437cc0
 def to_line(
     row: Mapping[str, Any],  # plain types
 ) -> str:
@@ -288,7 +288,7 @@ def apply_row(
     elif "clear" in row: record._columns, record._marks = {}, []
     else: raise ValueError(f"a row of unknown kind: {row!r:.80}")
 
-
+# %% ../nbs/01_history.ipynb #6afcc6d6
 def replay(
     path: str | Path,  # JSON-lines file
     record: Record,  # changed in place
@@ -392,7 +392,7 @@ def to_state(
                for n, (s, v) in now.scalars.items()}
     return {"columns": columns, "marks": [asdict(m) for m in now.marks]}
 
-
+# %% ../nbs/01_history.ipynb #edef9e23
 def from_state(
     state: Mapping[str, Any],  # made by `to_state`
 ) -> Record:

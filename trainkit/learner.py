@@ -892,5 +892,5 @@ class Learner(Steps):
             warnings.warn(f"nothing shows this run: {error}", stacklevel=4)
 
     def __repr__(self) -> str:
-        return (f"{type(self).__name__}(step {self.step}, epoch {self.epoch}, {self.state}, on {self.device}, "
-                f"{', '.join(map(repr, self.players))})")  # fmt: skip
+        head = f"{type(self).__name__}: step {self.step}, epoch {self.epoch}, {self.state}, {self.precision.name} on {self.device}"
+        return "\n  ".join([head, *map(repr, self.players), *([f"run {self.run}"] if self.run else [])])

@@ -58,7 +58,7 @@ def lab(tmp_path_factory):
     lab.folder.mkdir()
     root = Path(__file__).parents[2]
     env = {**os.environ, "JUPYTERLAB_SETTINGS_DIR": str(settings), "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"),
-           "PYTHONPATH": str(root), "JUPYTER_PLATFORM_DIRS": "1"}  # fmt: skip
+           "PYTHONPATH": str(root), "JUPYTER_PLATFORM_DIRS": "1", "OMP_NUM_THREADS": "1"}  # fmt: skip
     env.pop("TRAINKIT_WHERE", None)
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
                f"--IdentityProvider.token={lab.token}", f"--ServerApp.root_dir={lab.folder}"]  # fmt: skip
@@ -96,4 +96,6 @@ def page(browser):
     context = browser.new_context(viewport={"width": 1200, "height": 1500})
     page = context.new_page()
     yield page
+    for dialog in page.locator(".jp-Dialog").all_inner_texts():
+        print("a dialog was open:", dialog)
     context.close()

@@ -13,6 +13,8 @@ class LabPage:
         self.page = page
         page.goto(address)
         page.locator(".jp-Notebook").wait_for(timeout=90_000)
+        page.add_locator_handler(page.locator(".jp-Dialog-header", has_text="Select Kernel"),
+                                 lambda: page.locator(".jp-Dialog button.jp-mod-accept").click())  # fmt: skip
         self.wait_idle(90)
 
     @property
@@ -41,6 +43,13 @@ class LabPage:
     def stop(self) -> None:
         "The stop button of the toolbar."
         self.page.locator('.jp-NotebookPanel-toolbar [data-jp-item-name="interrupt"] jp-button').click()
+
+    def restart_kernel(self) -> None:
+        "The restart button of the toolbar, and yes."
+        self.page.locator('.jp-NotebookPanel-toolbar [data-jp-item-name="restart"] jp-button').click()
+        self.page.locator(".jp-Dialog button.jp-mod-accept").click()
+        self.page.wait_for_timeout(1000)
+        self.wait_idle()
 
     def output(self, index: int):
         "The output area of a code cell."

@@ -4,15 +4,12 @@
 
 # %% auto #0
 __all__ = ['Scalars', 'COLOURS', 'bucket_size', 'decimate', 'moving_average', 'trend', 'panel_of', 'panels_of', 'label_of',
-           'colours_of', 'is_noisy', 'Curve', 'view_limits', 'short', 'Panel', 'marks_to_draw', 'MarkLines', 'Plot',
-           'plot_history', 'to_png', 'save_png', 'live_widgets', 'to_jpeg', 'LivePicture', 'image_widget', 'Curves']
+           'colours_of', 'is_noisy', 'Curve', 'view_limits', 'short', 'Panel', 'marks_to_draw', 'MarkLines', 'box',
+           'Plot', 'plot_history', 'Curves']
 
 # %% ../../nbs/51_ui_plots.ipynb #7c4e6b13
-import io
 import math
-import sys
-from base64 import b64encode
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -20,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from ..environment import where
 from ..history import History, Mark, Snapshot
-from .progress import Budget, View, digits, quietly
+from .progress import digits
+from .view import Budget, LivePicture, PictureView, quietly, save_png
 
 Scalars = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
@@ -36,7 +33,7 @@ def bucket_size(
     while size * most < n: size *= 2
     return size
 
-
+# %% ../../nbs/51_ui_plots.ipynb #c775e16c
 def decimate(
     steps: np.ndarray,  # x
     values: np.ndarray,  # y
@@ -69,7 +66,7 @@ def moving_average(
     total, mass = (seen(v) + seen(v[::-1])[::-1] - v for v in (known, finite.astype(float)))
     return np.divide(total, mass, out=np.full(len(values), np.nan), where=finite)
 
-
+# %% ../../nbs/51_ui_plots.ipynb #f29f5b75
 def trend(
     steps: np.ndarray,  # x
     values: np.ndarray,  # y
@@ -95,7 +92,7 @@ def panel_of(
     if rest[-1] == "loss": return "loss"
     return "loss terms" if split == "train" and len(rest) > 1 else rest[-1]
 
-
+# %% ../../nbs/51_ui_plots.ipynb #445a112a
 def panels_of(
     scalars: Scalars,  # what was recorded
     patterns: Sequence[str] | None = None,  # names or patterns such as "train/*" to draw; all when None
@@ -107,7 +104,7 @@ def panels_of(
     panels = sorted(dict.fromkeys(map(panel_of, names)), key=lambda panel: rank.get(panel, 1))
     return {panel: [n for n in names if panel_of(n) == panel] for panel in panels}
 
-
+# %% ../../nbs/51_ui_plots.ipynb #82667d3f
 def label_of(
     name: str,  # of a series
 ) -> str:
@@ -120,7 +117,7 @@ def label_of(
 # %% ../../nbs/51_ui_plots.ipynb #c0b7d8cd
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
-
+# %% ../../nbs/51_ui_plots.ipynb #9634e7c5
 def colours_of(
     layout: Mapping[str, Sequence[str]],  # panel -> series
 ) -> dict[str, dict[str, str]]:
@@ -143,7 +140,7 @@ def is_noisy(
     "Does it need a trend? Training series that were recorded every few steps do; a value for each epoch does not."
     return name.startswith("train/") and len(steps) > 30 and 20 * len(steps) > steps[-1] - steps[0]
 
-
+# %% ../../nbs/51_ui_plots.ipynb #90d8a65c
 class Curve:
     "One series: its values, faint when a trend is drawn over them."
 
@@ -186,7 +183,7 @@ def short(step: float, _: Any = None) -> str:
         if abs(step) >= max(size, 1e4): return f"{step / size:g}{letter}"
     return f"{step:g}"
 
-
+# %% ../../nbs/51_ui_plots.ipynb #f7e13029
 class Panel:
     "Axes with the curves of some series, named and valued in the legend."
 
@@ -266,45 +263,47 @@ class MarkLines:
                        for x, name in done if name and self.names]
 
 # %% ../../nbs/51_ui_plots.ipynb #8a15deed
-class Plot:
-    "A figure of a history, redrawn by `update`."
+def box(
+    i: int,  # which panel
+    n: int,  # of how many, three in a row
+    width: float,  # inches of the figure
+    height: float,  # inches of the figure
+) -> tuple[float, float, float, float]:
+    "Place of a panel's axes (left, bottom, width, height in parts of the figure), with room for labels and title."
+    columns, rows = min(n, 3), math.ceil(n / 3)
+    row, column = divmod(i, columns)
+    return (column / columns + 0.52 / width, (rows - 1 - row) / rows + 0.42 / height,
+            1 / columns - 0.62 / width, 1 / rows - 0.72 / height)
 
-    def __init__(
-        self,
-        names: Sequence[str] | None = None,  # series or patterns such as "train/*"; all when None
-        log: bool = False,  # logarithmic where values are positive
-        smooth: float = 0.9,  # weight of a neighbour in the trend; 0 draws values only
-        width: float = 9.0,  # inches
-        height: float = 2.8,  # inches, of a row of panels
-        most: int = 3,  # panels at most
-    ):
+# %% ../../nbs/51_ui_plots.ipynb #51d447cc
+class Plot:
+    "A figure of a history, redrawn by `update`: `most` panels, three in a row of `width` x `height` inches."
+
+    def __init__(self, names: Sequence[str] | None = None, log: bool = False, smooth: float = 0.9,
+                 width: float = 9.0, height: float = 2.8, most: int = 3):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
         if not 0 <= smooth < 1: raise ValueError(f"smooth is a neighbour's weight, 0 <= smooth < 1: got {smooth!r}")
-        self.names, self.log, self.smooth, self.most, self.row = names, log, smooth, most, height
-        self.figure = Figure(figsize=(width, height), dpi=100, facecolor="white")
-        self.canvas = FigureCanvasAgg(self.figure)
-        self._layout: dict[str, list[str]] | None = None
+        self.names, self.log, self.smooth, self.size, self.most = names, log, smooth, (width, height), most
+        self.canvas = FigureCanvasAgg(Figure(dpi=100, facecolor="white"))
+        self.figure = self.canvas.figure
         self._build({})
 
     def _build(self, layout: dict[str, list[str]]) -> None:
         self._layout, titles, colours = layout, list(layout) or ["loss"], colours_of(layout)
-        columns, rows = min(len(titles), 3), math.ceil(len(titles) / 3)
+        n, (width, height) = len(titles), self.size
+        height *= math.ceil(n / 3)
         self.figure.clear()
-        if self.most > 3: self.figure.set_size_inches(self.figure.get_figwidth(), self.row * rows)
-        width, height = self.figure.get_size_inches()
-        self.panels = []
-        for i, title in enumerate(titles):
-            row, column = divmod(i, columns)
-            left, bottom = column / columns + 0.52 / width, (rows - 1 - row) / rows + 0.42 / height
-            ax = self.figure.add_axes((left, bottom, 1 / columns - 0.62 / width, 1 / rows - 0.72 / height))
-            self.panels.append((Panel(ax, title, colours.get(title, {}), self.log, self.smooth), MarkLines(ax, i == 0)))
-        if not layout: self.panels[0][0].ax.set(xticks=[], yticks=[], xlabel="waiting for the first values")
+        self.figure.set_size_inches(width, height)
+        axes = [self.figure.add_axes(box(i, n, width, height)) for i in range(n)]
+        self.panels = [(Panel(ax, title, colours.get(title, {}), self.log, self.smooth), MarkLines(ax, ax is axes[0]))
+                       for ax, title in zip(axes, titles)]
+        if not layout: axes[0].set(xticks=[], yticks=[], xlabel="waiting for the first values")
 
     def update(self, snapshot: Snapshot) -> None:
         "Draw what the history holds."
-        scalars, layout = snapshot.scalars, panels_of(snapshot.scalars, self.names)
-        layout = dict(list(layout.items())[: self.most])
+        scalars = snapshot.scalars
+        layout = dict(list(panels_of(scalars, self.names).items())[: self.most])
         if layout != self._layout: self._build(layout)
         drawn = [scalars[n][0] for names in layout.values() for n in names]
         if not drawn: return
@@ -338,101 +337,8 @@ def plot_history(
     plot.update(snapshot)
     return plot.figure
 
-
-def to_png(
-    pixels: np.ndarray,  # uint8, height x width or height x width x 3
-) -> bytes:
-    "The picture as PNG."
-    from PIL import Image
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "PNG")
-    return out.getvalue()
-
-
-def save_png(
-    pixels: np.ndarray,  # uint8, height x width or height x width x 3
-    path: Path,  # its folder is made if need be
-) -> None:
-    "Write the picture to a file."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(to_png(pixels))
-
-# %% ../../nbs/51_ui_plots.ipynb #d8f902fd
-def live_widgets() -> Any:
-    "ipywidgets, if installed and somebody may look on (a program that executes notebooks answers no `input()`), or None."
-    kernel = getattr(getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)(), "kernel", None)
-    if not getattr(kernel, "_allow_stdin", False): return None
-    try: import ipywidgets
-    except ImportError: return None
-    return ipywidgets
-
-
-def to_jpeg(
-    pixels: np.ndarray,  # uint8, height x width or height x width x 3
-) -> bytes:
-    "The picture as JPEG: quick to make, without the smear on thin coloured lines."
-    from PIL import Image
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "JPEG", quality=90, subsampling=0)
-    return out.getvalue()
-
-
-class LivePicture:
-    "One picture in a cell's output: replaced while a run goes on, a still one afterwards."
-
-    def __init__(
-        self,
-        text: str,  # what readers without pictures see
-        longest: int,  # CSS pixels of the longer side
-        live: bool | None = None,  # show at all; None: in a notebook
-    ):
-        self.text, self.longest, self.live = text, longest, where() == "notebook" if live is None else live
-        self._handle: Any = None
-        self._widget: Any = None
-        self._last: np.ndarray | None = None
-
-    def _send(self, display: Callable[..., Any], pixels: np.ndarray, **kw: Any) -> Any:
-        data: dict[str, Any] = {"image/png": b64encode(to_png(pixels)).decode(), "text/plain": self.text}
-        if self._widget is not None:
-            data["application/vnd.jupyter.widget-view+json"] = {
-                "version_major": 2, "version_minor": 0, "model_id": self._widget.model_id}
-        return display(data, metadata={"image/png": {"width": self._width(pixels)}}, raw=True, **kw)
-
-    def _width(self, pixels: np.ndarray) -> int:
-        return round(self.longest * pixels.shape[1] / max(pixels.shape[:2]))
-
-    def show(self, pixels: np.ndarray) -> None:
-        "Replace the picture; the first one makes the output."
-        self._last = pixels
-        if not self.live: return
-        if self._widget is not None: self._widget.value = to_jpeg(pixels)
-        elif self._handle is not None: self._send(self._handle.update, pixels)
-        else:
-            from IPython.display import display
-            self._widget = image_widget(pixels, self._width(pixels))
-            self._handle = self._send(display, pixels, display_id=True)
-
-    def close(self, pixels: np.ndarray | None = None) -> None:
-        "Leave a still picture: this one, or the last one shown."
-        pixels, widget, self._widget = self._last if pixels is None else pixels, self._widget, None
-        if pixels is not None: self.show(pixels)
-        if widget is not None:
-            widget.layout.close()
-            widget.close()
-
-
-def image_widget(
-    pixels: np.ndarray,  # uint8
-    width: int,  # CSS pixels
-) -> Any:
-    "An ipywidgets `Image` with the picture, if there are widgets and may be somebody to see it; or None."
-    widgets = live_widgets()
-    if widgets is None: return None
-    layout = widgets.Layout(width=f"{width}px", max_width="100%", margin="0")
-    return widgets.Image(value=to_jpeg(pixels), format="jpeg", layout=layout)
-
 # %% ../../nbs/51_ui_plots.ipynb #7e40a3ef
-class Curves(View):
+class Curves(PictureView):
     "Live curves of everything that is recorded, and a still picture of them when the fit is over."
 
     order = 91  # below the progress bars
@@ -446,20 +352,19 @@ class Curves(View):
         width: float = 9.0,  # inches, of 100 CSS pixels
         live: bool | None = None,  # show in a cell's output; None: in a notebook
     ):
-        self.names, self.log, self.smooth, self.width = names, log, smooth, width
-        self.refresh, self.live = refresh, live
-        self._picture: LivePicture | None = None
+        self.style, self.refresh, self.live = (names, log, smooth, width), refresh, live
 
     @quietly
     def before_fit(self, learn: Any) -> None:
         "A fresh picture for every fit."
-        picture = LivePicture("curves of the run: learn.history.scalars", round(100 * self.width), self.live)
+        picture = LivePicture("curves of the run: learn.history.scalars", round(100 * self.style[-1]), self.live, 256)
         if not picture.live: return
-        self._plot, self._picture = Plot(self.names, self.log, self.smooth, self.width), picture
-        self._budget, self._drawn = Budget(self.refresh), -1
-        self._look(learn)
+        self._picture, self._plot, self._budget, self._drawn = picture, Plot(*self.style), Budget(self.refresh), -1
+        self.after_batch(learn)
 
-    def _look(self, learn: Any) -> None:
+    @quietly
+    def after_batch(self, learn: Any) -> None:
+        "Draw, if it is time and there is something new."
         if self._picture is None or not self._budget.due() or learn.history.version == self._drawn: return
         with self._budget.spend():
             snapshot = learn.history.snapshot()
@@ -467,24 +372,14 @@ class Curves(View):
             self._picture.show(self._plot.pixels())
             self._drawn = snapshot.version
 
-    @quietly
-    def after_batch(self, learn: Any) -> None:
-        "Draw, if it is time."
-        self._look(learn)
-
     after_validate_batch = after_epoch = after_batch
 
     @quietly
     def cleanup_fit(self, learn: Any) -> None:
         "Leave a still picture of the whole run, however the fit ended."
         if self._picture is None and learn.run is None: return
-        plot = Plot(self.names, self.log, self.smooth, self.width, most=9)
+        plot = Plot(*self.style, most=9)
         plot.update(learn.history.snapshot())
         still = plot.pixels(dpi=150)
-        if learn.run is not None: save_png(still, Path(learn.run) / "curves.png")
-        picture, self._picture = self._picture, None
-        if picture is not None: picture.close(still)
-
-    def _abandon(self) -> None:
-        picture, self._picture = self._picture, None
-        if picture is not None: picture.close()
+        if learn.run is not None: save_png(still, Path(learn.run) / "curves.png", 256)
+        self._close(still)

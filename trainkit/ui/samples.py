@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['to_uint8', 'sample_grid', 'comparison_grid', 'enlarge', 'watching', 'fixed_noise', 'compare', 'is_pictures',
-           'on_screen', 'Sampler', 'Samples']
+           'on_screen', 'columns_of', 'Sampler', 'seconds_of', 'Samples']
 
 # %% ../../nbs/52_ui_samples.ipynb #11d1f041
 import math
@@ -18,8 +18,7 @@ import numpy as np
 import torch
 
 from ..device import preserve_rng
-from .plots import LivePicture, save_png
-from .progress import Budget, View, quietly
+from .view import Budget, LivePicture, PictureView, quietly, save_png
 
 # %% ../../nbs/52_ui_samples.ipynb #d98f32ce
 def to_uint8(
@@ -57,7 +56,7 @@ def sample_grid(
         grid[top : top + h, left : left + w] = a[i]
     return grid
 
-
+# %% ../../nbs/52_ui_samples.ipynb #72b7d91b
 def comparison_grid(
     inputs: Any,  # images, as `sample_grid` takes them
     predictions: Any,  # as many
@@ -73,7 +72,7 @@ def comparison_grid(
     grids = [sample_grid(enlarge(row, h, w).transpose(0, 3, 1, 2), len(row), pad) for row in rows]
     return np.concatenate([grids[0], *(g[pad:] for g in grids[1:])])
 
-
+# %% ../../nbs/52_ui_samples.ipynb #6d79b0b1
 def enlarge(images: np.ndarray, h: int, w: int) -> np.ndarray:
     "Nearest neighbours of uint8 images N x H x W x C, brought to a size of h x w."
     y, x = (np.arange(to) * size // to for to, size in ((h, images.shape[1]), (w, images.shape[2])))
@@ -97,7 +96,7 @@ def fixed_noise(
     "The generator's images for its fixed noise."
     return learn.sample_fixed()
 
-
+# %% ../../nbs/52_ui_samples.ipynb #56cdfa87
 def compare(
     inputs: torch.Tensor,  # a fixed batch
     targets: torch.Tensor | None = None,  # what should come out
@@ -109,7 +108,7 @@ def compare(
         return comparison_grid(inputs[:most], predictions, None if targets is None else targets[:most])
     return source
 
-
+# %% ../../nbs/52_ui_samples.ipynb #50331418
 def is_pictures(images: Any) -> bool:
     "Is it N x C x H x W with 1 or 3 channels? Not every generator makes pictures."
     shape = tuple(getattr(images, "shape", ()))
@@ -130,13 +129,21 @@ def on_screen(
     h, w = (max(1, round(n * most / size)) for n in picture.shape[:2])
     return np.asarray(Image.fromarray(picture).resize((w, h)))
 
+# %% ../../nbs/52_ui_samples.ipynb #95d3da7c
+def columns_of(
+    learn: Any,  # a GAN's learner has `labels` and `num_classes`
+) -> int:
+    "Images in a row: one for each class of a generator with labels, if it has no more than 16; otherwise 8."
+    classes = getattr(learn, "num_classes", 0) if getattr(learn, "labels", "none") != "none" else 0
+    return classes if 2 <= classes <= 16 else 8
+
 # %% ../../nbs/52_ui_samples.ipynb #13d67a79
 @dataclass
 class Sampler:
     "Takes pictures from a source and keeps them."
     source: Callable[[Any], Any] = fixed_noise  # learner -> images, or a uint8 picture height x width x 3
-    n: int = 64  # images of a grid at most
-    nrow: int = 8  # images in a row
+    n: int = 100  # images of a grid at most
+    nrow: int | None = None  # images in a row; None: one for each class, else 8
     name: str = "samples"  # in the history, and of the folder in the run's folder
 
     def take(self, learn: Any) -> np.ndarray | None:
@@ -144,15 +151,28 @@ class Sampler:
         with watching(learn): images = self.source(learn)
         if isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.shape[2:] == (3,): return images
         if self.source is fixed_noise and not is_pictures(images): return None
-        return sample_grid(images[: self.n], self.nrow)
+        return sample_grid(images[: self.n], self.nrow or columns_of(learn))
 
-    def keep(self, learn: Any, picture: np.ndarray) -> None:
-        "Into the history, and into `samples/step_0000780.png` in the run's folder."
-        learn.history.put(self.name, picture, learn.step)
-        if learn.run is not None: save_png(picture, Path(learn.run) / self.name / f"step_{learn.step:07d}.png")
+    def look(self, learn: Any) -> np.ndarray | None:
+        "Take a picture and keep it, in the history and as `samples/step_0000780.png` in the run's folder."
+        picture = self.take(learn)
+        if picture is not None:
+            learn.history.put(self.name, picture, learn.step)
+            if learn.run is not None: save_png(picture, Path(learn.run) / self.name / f"step_{learn.step:07d}.png")
+        return picture
 
 # %% ../../nbs/52_ui_samples.ipynb #917d1cf6
-class Samples(View):
+def seconds_of(
+    every: str | float,  # "epoch", or so many seconds
+) -> float | None:
+    "Seconds between two looks, or None for a look after each epoch."
+    if every == "epoch": return None
+    if isinstance(every, bool) or not isinstance(every, (int, float)) or not every > 0:
+        raise ValueError(f"every must be 'epoch' or a number of seconds > 0: got {every!r}")
+    return float(every)
+
+# %% ../../nbs/52_ui_samples.ipynb #324c7866
+class Samples(PictureView):
     "Pictures of what the model makes, of the same inputs again and again; in a notebook they are shown."
 
     order = 92  # below the curves
@@ -161,17 +181,13 @@ class Samples(View):
         self,
         source: Callable[[Any], Any] = fixed_noise,  # learner -> images, or a uint8 picture height x width x 3
         every: str | float = "epoch",  # or so many seconds
-        n: int = 64,  # images of a grid at most
-        nrow: int = 8,  # images in a row
+        n: int = 100,  # images of a grid at most
+        nrow: int | None = None,  # images in a row; None: one for each class, else 8
         name: str = "samples",  # in the history, and of the folder in the run's folder
         live: bool | None = None,  # show in a cell's output; None: in a notebook
     ):
-        if every != "epoch" and not (isinstance(every, (int, float)) and every > 0):
-            raise ValueError(f"every must be 'epoch' or a number of seconds > 0: got {every!r}")
-        self.seconds = None if every == "epoch" else float(every)
-        self.sampler, self.live = Sampler(source, n, nrow, name), live
-        self._step = -1
-        self._picture: LivePicture | None = None
+        self.seconds, self.live = seconds_of(every), live
+        self.sampler, self._step = Sampler(source, n, nrow, name), -1
 
     @quietly
     def before_fit(self, learn: Any) -> None:
@@ -183,11 +199,9 @@ class Samples(View):
 
     def _look(self, learn: Any) -> None:
         if self._picture is None or learn.step == self._step: return
-        with self._budget.spend(): picture, self._step = self.sampler.take(learn), learn.step
+        with self._budget.spend(): picture, self._step = self.sampler.look(learn), learn.step
         if picture is None: self._picture = None
-        else:
-            self.sampler.keep(learn, picture)
-            self._picture.show(on_screen(picture))
+        else: self._picture.show(on_screen(picture))
 
     @quietly
     def after_epoch(self, learn: Any) -> None:
@@ -202,10 +216,6 @@ class Samples(View):
     @quietly
     def cleanup_fit(self, learn: Any) -> None:
         "The last picture stays."
-        quick = self._budget.cost < 3
-        if learn.state == "finished" or (quick and learn.state != "failed"): self._look(learn)
-        self._abandon()
-
-    def _abandon(self) -> None:
-        picture, self._picture = self._picture, None
-        if picture is not None: picture.close()
+        if self._picture is None or learn.state == "failed": return self._close()
+        if learn.state == "finished" or self._budget.cost < 3: self._look(learn)
+        self._close()
