@@ -20,11 +20,11 @@ def make_gan(run: str) -> GANLearner:
     images, labels = mnist_5k(size=32)
     seed_everything(0)
     return GANLearner(
-        DCGANGenerator(latent_dim=64, out_size=32, out_channels=1, channels=32, num_classes=10),
-        DCGANDiscriminator(in_size=32, in_channels=1, channels=32, num_classes=10),
+        DCGANGenerator(latent_dim=64, out_size=32, out_channels=1, channels=16, num_classes=10),
+        DCGANDiscriminator(in_size=32, in_channels=1, channels=16, num_classes=10),
         DataLoader(TensorDataset(images, labels), batch_size=64, shuffle=True, drop_last=True),
         loss="nonsaturating",
-        opt=OptimBuilder("adam", lr=5e-4, betas=(0.5, 0.99), schedule="linear"),
+        opt=OptimBuilder("adam", lr=1e-3, betas=(0.5, 0.999), schedule="linear"),
         labels="dataset",
         reuse_forward=True,
         n_samples=80,
@@ -34,7 +34,7 @@ def make_gan(run: str) -> GANLearner:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=24)
+    parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--run", default="runs/digits-script", help="folder for checkpoints, history, samples, curves")
     parser.add_argument("--resume", action="store_true", help="go on with the run in that folder")
     args = parser.parse_args()

@@ -230,12 +230,12 @@ class Panel:
 def marks_to_draw(
     marks: Sequence[Mark],  # of a history
     most: int = 30,  # lines of a kind; more would be a fence
-    labels: int = 6,  # names
+    labels: int = 5,  # names; checkpoints are left out when there are more
 ) -> tuple[list[int], list[tuple[int, str]]]:
     "Steps of epoch ends, and (step, name) of what was done; the names are empty when they are many."
     epochs = [m.step for m in marks if m.kind == "epoch"]
     done = [m for m in marks if m.kind not in ("epoch", "fit")]
-    if len(done) > labels: done = [m for m in done if m.kind != "checkpoint"] or done
+    if len(done) > labels: done = [m for m in done if m.kind != "checkpoint"]
     named = [(m.step, m.kind if m.kind != "command" or not m.text else m.text) for m in done[-most:]]
     return epochs if len(epochs) <= most else [], [(s, name if len(named) <= labels else "") for s, name in named]
 
