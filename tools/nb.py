@@ -79,6 +79,8 @@ def clean_output(output: Notebook) -> Notebook | None:
     if data.pop(VIEW, None) is not None and not set(data) - {"text/plain"}:
         return None
     data.pop("application/vnd.google.colaboratory.intrinsic+json", None)
+    if "image/png" in data:
+        data.pop("image/jpeg", None)  # PIL shows both
     for mime, value in data.items():
         if mime.startswith("text/"):
             data[mime] = ADDRESS.sub(r"\1\3", joined(value))

@@ -13,8 +13,8 @@ from typing import Any
 
 # %% auto #0
 __all__ = ['TURN', 'VALIDATE', 'FIT', 'TEST', 'PREDICT', 'EVENTS', 'Scope', 'Cancel', 'CancelTurn', 'CancelBatch', 'CancelEpoch',
-           'CancelValidate', 'CancelFit', 'Callback', 'On', 'check_event', 'check_callback', 'CallbackList',
-           'loop_picture']
+           'CancelValidate', 'CancelFit', 'Callback', 'On', 'check_event', 'check_callback', 'CallbackSet',
+           'CallbackList', 'loop_picture', 'Emitter', 'Scopes']
 
 # %% ../nbs/20_callback.ipynb #13e46bb6
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def _called(kind: type | str) -> str:
     return kind if isinstance(kind, str) else kind.__name__
 
 # %% ../nbs/20_callback.ipynb #3ae9a513
-class CallbackList:
+class CallbackSet:
     "Callbacks in the order in which they act. What can't work is refused with a message, and nothing has changed."
 
     def __init__(self, cbs: Iterable[Callback] = ()):
@@ -194,17 +194,21 @@ class CallbackList:
                     raise ValueError(f"{type(cb).__name__} and {_called(kind)} can't work together")
         return sorted(cbs, key=lambda cb: cb.order)
 
-    def get(self, kind: type | str) -> Callback | None:
-        "The first attached callback of a class, or None."
-        return next((cb for cb in self._cbs if _is_a(cb, kind)), None)
+# %% ../nbs/20_callback.ipynb #ae977aa7
+class CallbackList(CallbackSet):
+    "The attached callbacks, and who acts where."
 
-    def handlers(self, event: str) -> tuple[Callable[[Any], Any], ...]:
-        "The bound methods that act at `event`, in order."
-        return tuple(getattr(cb, event) for cb in self._cbs if hasattr(cb, event))
+    def get(self, kind: type | str) -> Callback | None:
+        "The first attached callback of a class (or its name), or None."
+        return next((cb for cb in self._cbs if _is_a(cb, kind)), None)
 
     def acting(self, event: str) -> list[Callback]:
         "The callbacks that act at `event`, in order."
         return [cb for cb in self._cbs if hasattr(cb, event)]
+
+    def handlers(self, event: str) -> tuple[Callable[[Any], Any], ...]:
+        "The bound methods that act at `event`, in order."
+        return tuple(getattr(cb, event) for cb in self.acting(event))
 
     def keyed(self) -> dict[str, Callback]:
         "name -> callback, as a checkpoint keys their states; namesakes are numbered in order."
@@ -237,3 +241,61 @@ def loop_picture(
         line = "    " * depth + (text + always if is_event or text.startswith("·") else f"{text}:")
         lines.append(f"{line:<44}{'← ' + names if names else ''}".rstrip())
     return "\n".join(lines)
+
+# %% ../nbs/20_callback.ipynb #5879ba39
+class Emitter:
+    "Holds callbacks and tells them where the loop is."
+
+    def __init__(self, cbs: Iterable[Callback] = ()):
+        self.cbs = CallbackList(cbs)
+        self._bind()
+
+    def _bind(self) -> None:
+        self._on = {event: self.cbs.handlers(event) for event in EVENTS}
+
+    def add(self, *cbs: Callback) -> None:
+        "Attach callbacks; one takes the place of an attached one of its class, unless it is `many`."
+        self.cbs.add(*cbs)
+        self._bind()
+
+    def remove(self, which: Callback | type | str) -> list[Callback]:
+        "Detach a callback, or all of a class; returns them."
+        gone = self.cbs.remove(which)
+        self._bind()
+        return gone
+
+    def emit(self, event: str) -> None:
+        "Call what acts at `event`, in order."
+        for act in self._on[event]:
+            act(self)
+
+    def show_loop(self) -> None:
+        "Print the loop with the callbacks that act at each event, in order."
+        print(loop_picture(self.cbs.acting))
+
+# %% ../nbs/20_callback.ipynb #2b33ed5d
+class Scopes(Emitter):
+    "Runs stretches of the loop that always clean up."
+
+    def _cleanup(self, event: str) -> None:
+        first: BaseException | None = None
+        for act in self._on[event]:
+            try:
+                act(self)
+            except BaseException as error:
+                first = first or error
+        if first is not None:
+            raise first
+
+    def _scope(self, name: str, body: Callable[[], None], cancel: type[Cancel]) -> bool:
+        "before · body · after, cleanup always; False when `cancel` ended it early."
+        try:
+            try:
+                self.emit(f"before_{name}")
+                body()
+                self.emit(f"after_{name}")
+            finally:
+                self._cleanup(f"cleanup_{name}")
+        except cancel:
+            return False
+        return True

@@ -20,7 +20,7 @@ from .optim import OptimBuilder, as_builder
 from .schedule import Schedule
 
 # %% auto #0
-__all__ = ['LOSSES', 'Term', 'get_loss', 'as_terms', 'named_modules', 'unwrapped', 'Player', 'BadLoss', 'losses_of',
+__all__ = ['LOSSES', 'Term', 'get_loss', 'as_terms', 'named_modules', 'unwrapped', 'PlayerPlan', 'Player', 'BadLoss', 'losses_of',
            'weighted_sum', 'total_of', 'move', 'others_of', 'freeze', 'thaw', 'player_state', 'load_player']
 
 # %% ../nbs/21_player.ipynb #490c5531
@@ -113,12 +113,8 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module.module if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else module
 
 # %% ../nbs/21_player.ipynb #9e4aa187
-class Player:
-    "Moves in its turn: changes its modules' weights by one optimizer step on its loss."
-
-    opt: torch.optim.Optimizer  # these three are there once the player is built
-    schedule: Schedule
-    scaler: torch.amp.GradScaler | None = None
+class PlayerPlan:
+    "Who a player is, checked when it is written down."
 
     def __init__(
         self,
@@ -150,10 +146,13 @@ class Player:
         "How many turns fall into the batches after `start` up to `end`."
         return end // self.every - start // self.every
 
-    def __repr__(self) -> str:
-        n = sum(p.numel() for p in self.parameters())
-        moves = "" if self.every == 1 else f", every {self.every} batches"
-        return f"Player({self.name!r}, {n:,} parameters, {self.builder or 'no optimizer yet'}{moves})"
+# %% ../nbs/21_player.ipynb #ee58643d
+class Player(PlayerPlan):
+    "Moves in its turn: changes its modules' weights by one optimizer step on its loss."
+
+    opt: torch.optim.Optimizer  # these are there once the player is built
+    schedule: Schedule
+    scaler: torch.amp.GradScaler | None = None
 
     def parameters(self) -> Iterator[nn.Parameter]:
         "Every parameter of its modules, shared ones once."
@@ -161,19 +160,27 @@ class Player:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         "Every parameter with its name, shared ones once."
-        many = len(self.modules) > 1
-        named = ((f"{k}.{n}" if many else n, p) for k, m in self.modules.items() for n, p in unwrapped(m).named_parameters())
-        return iter({id(p): (n, p) for n, p in reversed([*named])}.values())
+        many, seen = len(self.modules) > 1, set[int]()
+        for key, module in self.modules.items():
+            for name, p in unwrapped(module).named_parameters():
+                if id(p) not in seen:
+                    seen.add(id(p))
+                    yield (f"{key}.{name}" if many else name), p
 
     def build(self, default: OptimBuilder, precision: Precision) -> None:
         "Make the optimizer, the schedule and (for fp16) the scaler; the modules are on their device by now."
         self.builder = self.builder or default
         try:
-            self.opt = self.builder.build([*self.named_parameters()][::-1])
+            self.opt = self.builder.build([*self.named_parameters()])
         except (TypeError, ValueError) as error:
             raise type(error)(f"player {self.name!r}: {error}") from error
         self.schedule = self.builder.schedule_for(self.opt)
         self.scaler = precision.scaler()
+
+    def __repr__(self) -> str:
+        n = sum(p.numel() for p in self.parameters())
+        moves = "" if self.every == 1 else f", every {self.every} batches"
+        return f"Player({self.name!r}, {n:,} parameters, {self.builder or 'no optimizer yet'}{moves})"
 
 # %% ../nbs/21_player.ipynb #23feb6dc
 class BadLoss(ValueError):

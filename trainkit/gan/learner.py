@@ -17,7 +17,8 @@ from ..learner import Learner
 from ..player import Player, Term, as_terms, freeze, thaw
 
 # %% auto #0
-__all__ = ['Round', 'call', 'latent_of', 'GANSteps', 'adversarial', 'GANLearner', 'is_per_player', 'check_gan', 'labels_for']
+__all__ = ['Round', 'call', 'latent_of', 'GANData', 'GANSteps', 'adversarial', 'Sampling', 'GANLearner', 'is_per_player',
+           'check_gan', 'labels_for']
 
 # %% ../../nbs/44_gan_learner.ipynb #75c8c1f1
 @dataclass
@@ -50,17 +51,14 @@ def latent_of(latent: Any, generator: nn.Module) -> Callable[[int, torch.device]
     return lambda n, device: torch.randn(n, width, device=device)
 
 # %% ../../nbs/44_gan_learner.ipynb #3538fe40
-class GANSteps(Learner):
-    "The two steps of a GAN."
+class GANData(Learner):
+    "Real samples from batches, fakes from noise."
 
     generator: nn.Module
     discriminator: nn.Module
     labels: str
     num_classes: int
     latent: Callable[[int, torch.device], Tensor]
-    reuse_forward: bool
-    needs_real: bool  # the generator's loss looks at the real logits, too (relativistic losses)
-    _kept: tuple[int, Tensor, Tensor | None] | None = None
 
     def real_of(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         "The real samples of a batch, and their labels when the learner uses labels."
@@ -76,6 +74,14 @@ class GANSteps(Learner):
         if self.labels == "sampled":
             labels = torch.randint(self.num_classes, (n,), device=self.device)
         return call(self.generator, self.latent(n, self.device), labels), labels
+
+# %% ../../nbs/44_gan_learner.ipynb #2421069d
+class GANSteps(GANData):
+    "The two steps of a GAN."
+
+    reuse_forward: bool
+    needs_real: bool  # the generator's loss looks at the real logits, too (relativistic losses)
+    _kept: tuple[int, Tensor, Tensor | None] | None = None
 
     def discriminator_step(self, learn: Any, batch: Any) -> dict[str, Tensor]:
         "D on real and on fake; no gradient reaches the generator."
@@ -120,7 +126,34 @@ def adversarial(loss: Any, extra: Any, penalties: Iterable[Any] = (), discrimina
     return [Term("adversarial" if terms else "loss", on_round), *terms]
 
 # %% ../../nbs/44_gan_learner.ipynb #2313e584
-class GANLearner(GANSteps):
+class Sampling(GANSteps):
+    "Looks at what the generator makes."
+
+    n_samples: int
+    _draws: torch.Generator  # seeds of samples
+
+    def sample(self, n: int = 64, labels: Any = None, seed: int | None = None) -> Tensor:
+        "`n` fakes on the CPU, from noise of its own: training goes on as if nobody had looked."
+        seed = int(torch.randint(2**62, (), generator=self._draws)) if seed is None else seed
+        with self.observing("predicting"), self.precision.autocast():
+            torch.manual_seed(seed)
+            wanted = None if self.labels == "none" else labels_for(labels, n, self.num_classes, self.device)
+            return call(self.generator, self.latent(n, self.device), wanted).float().cpu()
+
+    def sample_fixed(self, n: int | None = None) -> Tensor:
+        "Fakes for the same noise (and the labels 0, 1, 2 … in turn) at every call: what a sample grid shows."
+        return self.sample(n or self.n_samples, seed=0)
+
+    def validation_step(self, batch: Any) -> dict[str, Tensor]:
+        "Both players' adversarial losses on held-out samples."
+        real, labels = self.real_of(batch)
+        fake, fake_labels = self.fake_of(len(real), labels)
+        r = Round(self.generator, self.discriminator, real, fake, labels, fake_labels,
+                  call(self.discriminator, real, labels), call(self.discriminator, fake, fake_labels))  # fmt: skip
+        return {player.name: player.terms[0].fn(r) for player in self.players}
+
+# %% ../../nbs/44_gan_learner.ipynb #9433fabb
+class GANLearner(Sampling):
     "Trains a generator against a discriminator by alternating turns (Goodfellow et al. 2014)."
 
     def __init__(
@@ -155,26 +188,6 @@ class GANLearner(GANSteps):
                    opt=opts["generator"], every=n_critic, step=self.generator_step)  # fmt: skip
         super().__init__([d, g], dls, **learner)
         self._draws = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
-
-    def sample(self, n: int = 64, labels: Any = None, seed: int | None = None) -> Tensor:
-        "`n` fakes on the CPU, from noise of its own: training goes on as if nobody had looked."
-        seed = int(torch.randint(2**62, (), generator=self._draws)) if seed is None else seed
-        with self._observing("predicting"), self.precision.autocast():
-            torch.manual_seed(seed)
-            wanted = None if self.labels == "none" else labels_for(labels, n, self.num_classes, self.device)
-            return call(self.generator, self.latent(n, self.device), wanted).float().cpu()
-
-    def sample_fixed(self, n: int | None = None) -> Tensor:
-        "Fakes for the same noise (and the labels 0, 1, 2 … in turn) at every call: what a sample grid shows."
-        return self.sample(n or self.n_samples, seed=0)
-
-    def validation_step(self, batch: Any) -> dict[str, Tensor]:
-        "Both players' adversarial losses on held-out samples."
-        real, labels = self.real_of(batch)
-        fake, fake_labels = self.fake_of(len(real), labels)
-        r = Round(self.generator, self.discriminator, real, fake, labels, fake_labels,
-                  call(self.discriminator, real, labels), call(self.discriminator, fake, fake_labels))  # fmt: skip
-        return {player.name: player.terms[0].fn(r) for player in self.players}
 
 # %% ../../nbs/44_gan_learner.ipynb #c6c6713b
 def is_per_player(opt: Any) -> bool:
