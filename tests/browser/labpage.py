@@ -29,7 +29,6 @@ class LabPage:
     def run(self, index: int, wait: float | None = 60) -> None:
         "Run a code cell with Ctrl-Enter; wait so many seconds for its end, or not at all."
         cell = self.cells.nth(index)
-        cell.scroll_into_view_if_needed()
         cell.locator(".cm-content").click()
         self.page.keyboard.press("Control+Enter")
         if wait is not None:

@@ -204,7 +204,7 @@ class Panel:
     def _legend(self, labels: Sequence[str], title: int) -> Any:
         "Beside the title if there is room (a character of 8 points is about 1/16 inch wide), else inside."
         inches = self.ax.get_position().width * self.ax.figure.get_figwidth()
-        needed = (1.3 * title + sum(len(label) + 11 for label in labels)) / 16
+        needed = (1.3 * title + sum(len(label) + 14 for label in labels)) / 16
         place: dict[str, Any] = dict(loc="upper right", framealpha=0.85, edgecolor="none", fontsize=7)
         if needed < 1.14 * inches:
             place = dict(loc="lower right", bbox_to_anchor=(1.01, 0.985), frameon=False, ncols=len(labels))
