@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from trainkit.callback import On
+from trainkit.callback import CancelTurn, On
 from trainkit.gan.learner import GANLearner
 from trainkit.gan.losses import LossPair
 from trainkit.gan.models import DCGANDiscriminator, DCGANGenerator
@@ -157,6 +157,20 @@ def test_a_relativistic_pair_sees_the_real_logits():
     assert np.isfinite(gan.history.last("train/generator/loss"))
 
 
+def test_one_penalty_needs_no_list():
+    gan = flat_gan(loss="wasserstein", penalties=GradientPenalty(1.0), opt={"generator": "sgd"})
+    gan.fit(steps=1)
+    assert "train/discriminator/gradient_penalty" in gan.history.names()
+    assert [type(p.opt).__name__ for p in gan.players] == ["AdamW", "SGD"]
+
+
+def test_nothing_is_kept_of_a_round_that_was_cut_short():
+    gan = flat_gan(reuse_forward=True)
+    gan.add(On("before_turn", lambda learn: (_ for _ in ()).throw(CancelTurn()) if learn.player.name == "generator" else None))
+    gan.fit(steps=2)
+    assert gan._kept is None
+
+
 def test_each_player_its_optimizer():
     gan = flat_gan(opt={"generator": OptimBuilder("adam", lr=1e-4), "discriminator": OptimBuilder("sgd", lr=4e-4)})
     d, g = gan.players
@@ -179,7 +193,7 @@ def test_resume_is_exact(at, kw, tmp_path):
     second = flat_gan(run=tmp_path / "run", **kw)
     second.restore("last")
     assert second.step == at
-    second.sample(16), second.sample_fixed()
+    assert torch.equal(second.sample(16), first.sample(16)) and torch.equal(second.sample_fixed(), first.sample_fixed())
     second.fit()
     assert second.step == 10
     assert_same(straight, second)

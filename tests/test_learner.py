@@ -246,8 +246,7 @@ def test_cancel_at_every_event(event, scope, monkeypatch):
         assert learn.epoch == 3
         lost = 0  # steps that the cancelled epoch did not make: it was cancelled before its first, after it, or at its end
         if scope == "epoch":
-            early = event == "before_epoch" or level(event) == "turn" or event == "before_batch"
-            lost = 5 if early else 4 if level(event) == "batch" else 0
+            lost = 5 if event == "before_epoch" else 4 if level(event) in ("turn", "batch") else 0
         assert learn.step == 15 - lost
     if event not in (f"after_{scope}", f"cleanup_{scope}"):
         assert record.seen.count(f"after_{scope}") == record.seen.count(f"before_{scope}") - 1
@@ -310,7 +309,7 @@ def test_second_interrupt_stops_at_once_and_a_script_ends(monkeypatch):
     learn = learner(cbs=[interrupt_at(7, times=2)])
     with pytest.raises(KeyboardInterrupt):
         learn.fit(epochs=3)
-    assert (learn.state, learn.step) == ("interrupted", 7)
+    assert (learn.state, learn.step, learn.broken) == ("interrupted", 8, True)  # the broken batch counts
     learn = learner(cbs=[interrupt_at(7)])
     with pytest.raises(KeyboardInterrupt):
         learn.fit(epochs=3)
@@ -328,7 +327,7 @@ def test_interrupt_inside_the_optimizer_is_said(monkeypatch):
     learn = learner(opt=OptimBuilder(Torn, lr=0.1))
     with pytest.warns(UserWarning, match="inside the optimizer step of 'model'"):
         learn.fit(1)
-    assert learn.torn == "model"
+    assert learn.torn == "model" and learn.broken
 
 
 def test_stop_from_another_thread_and_from_a_callback():
@@ -356,6 +355,109 @@ def test_stop_during_validation_validates_again():
     learn.fit()
     assert (learn.state, learn.epoch, learn.step) == ("finished", 2, 10)
     assert record.seen.count("after_validate") == 2
+
+
+def validated():
+    return DataLoader(TensorDataset(X, Y), batch_size=8), DataLoader(TensorDataset(X, Y), batch_size=16)
+
+
+@pytest.mark.parametrize("ending", ["stopped", "interrupted", "failed"])
+def test_looking_after_every_ending(ending, monkeypatch):
+    monkeypatch.setenv("TRAINKIT_WHERE", "notebook")
+    learn = learner(dls=validated())
+    act = {"stopped": lambda learn: learn.stop(), "interrupted": lambda learn: os.kill(os.getpid(), signal.SIGINT),
+           "failed": lambda learn: 1 / 0}[ending]  # fmt: skip
+    learn.add(On("after_batch", lambda learn: act(learn) if learn.step == 3 else None))
+    try:
+        learn.fit(1)
+    except ZeroDivisionError:
+        pass
+    assert learn.state == ending
+    assert learn.validate()["valid/loss"] > 0 and len(learn.test(X_Y := [(X, Y)])) == 1 and learn.predict(X).shape == (40, 1), X_Y
+    assert [m.kind for m in learn.history.marks if m.kind == ending] == [ending]
+
+
+def test_a_stop_while_nothing_runs_is_nothing():
+    learn = learner(dls=validated())
+    learn.stop()
+    learn.validate()
+    learn.fit(1)
+    assert learn.state == "finished"
+
+
+def once(event, act):
+    "A callback that acts the first time only."
+    done = []
+    return On(event, lambda learn: None if done else (done.append(1), act(learn)))
+
+
+def test_stop_in_a_validation_with_a_schedule_goes_on():
+    learn = learner(dls=validated(), opt=OptimBuilder("sgd", lr=0.1, schedule="cosine"))
+    learn.add(once("after_validate_batch", lambda learn: learn.stop()))
+    learn.fit(epochs=2)
+    assert (learn.step, learn.drawn) == (5, True)
+    learn.fit()
+    assert (learn.state, learn.step, learn.fit_steps, learn.players[0].schedule.update) == ("finished", 10, 5, 10)
+
+
+def test_an_owed_validation_is_made():
+    learn = learner(dls=validated(), cbs=[once("after_validate_batch", lambda learn: learn.stop())])
+    learn.fit(steps=8, validate_every=4)
+    assert (learn.state, learn.step, learn.owed) == ("stopped", 4, True)
+    learn.fit()
+    assert (learn.state, learn.step) == ("finished", 8)
+    assert learn.history.scalars["valid/loss"][0].tolist() == [4, 8]
+    last = learner(dls=validated(), cbs=[once("after_validate_batch", lambda learn: learn.stop())])
+    last.fit(steps=8, validate_every=8)
+    assert (last.state, last.step) == ("stopped", 8)
+    last.fit()
+    assert (last.state, last.step, last.history.scalars["valid/loss"][0].tolist()) == ("finished", 8, [8])
+
+
+def test_an_epoch_whose_batches_are_done_is_no_more_an_epoch_to_train():
+    learn = learner(dls=validated(), cbs=[once("after_validate_batch", lambda learn: learn.stop())])
+    learn.fit(epochs=1)
+    assert learn.drawn
+    learn.fit(epochs=1)
+    assert (learn.step, learn.epoch) == (10, 2)
+
+
+def test_fit_without_arguments_keeps_how_it_was_asked(tmp_path):
+    learn = learner(dls=validated(), run=tmp_path / "run", opt=OptimBuilder("sgd", lr=0.1, schedule="linear"))
+    learn.fit(steps=4)
+    learn.add(stop := On("after_batch", lambda learn: learn.stop() if learn.step == 6 else None))
+    learn.fit(steps=8, validate_every=2, schedule="hold")
+    learn.remove(stop)
+    again = learner(dls=validated(), run=tmp_path / "run", opt=OptimBuilder("sgd", lr=0.1, schedule="linear"))
+    again.restore()
+    for one in learn, again:
+        one.fit()
+        assert one.step == 12 and one.history.scalars["valid/loss"][0].tolist()[-4:] == [6, 8, 10, 12]
+
+
+def test_a_hard_ending_inside_a_round_counts_the_batch_and_saves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRAINKIT_WHERE", "notebook")
+    learn = two_players(run=tmp_path / "run")
+    learn.add(Bomb("before_step", KeyboardInterrupt(), 4))  # a a b* : in b's turn of the second batch it has moved thrice
+    learn.fit(epochs=1)
+    assert (learn.state, learn.broken, len(learn.checkpoints)) == ("interrupted", True, 0)
+    learn.remove("Bomb")
+    learn.fit()
+    assert (learn.state, learn.step, learn.epoch) == ("finished", 5, 1)
+    steps = learn.history.scalars["train/a/loss"][0].tolist()
+    assert steps == sorted(set(steps))
+
+
+def test_a_part_in_eval_mode_stays_in_it():
+    net = Net()
+    net.norm.eval()
+    before = net.norm.running_mean.clone()
+    learn = learner(model=net)
+    learn.fit(1)
+    assert torch.equal(net.norm.running_mean, before) and not net.norm.training and net.training
+    net.eval()
+    learn.fit(1)
+    assert not torch.equal(net.norm.running_mean, before) and not net.training
 
 
 # ------------------------------------------------------------------------------------------------ how long a fit is
@@ -672,6 +774,34 @@ def test_an_interrupted_schedule_goes_on():
     assert_same(weights(straight), weights(pieces))
 
 
+@pytest.mark.parametrize("beyond,peak", [("restart", 0.1), ("stretch", 0.08)])
+def test_a_restart_that_is_asked_for_is_made(beyond, peak):
+    learn = learner(opt=OptimBuilder("sgd", lr=0.1, schedule="linear", total=100))
+    learn.fit(steps=4)
+    learn.fit(steps=16, schedule=beyond)
+    assert learn.history.scalars["lr/model"][1][4] == pytest.approx(peak)
+
+
+def test_a_refused_plan_changes_no_schedule():
+    players = [Player("often", Net(), "mse", opt=OptimBuilder("sgd", lr=0.1, schedule="cosine")),
+               Player("seldom", Net(), "mse", opt=OptimBuilder("sgd", lr=0.1, schedule="cosine", warmup=3), every=5)]  # fmt: skip
+    learn = Learner(players, DataLoader(TensorDataset(X, Y), batch_size=4), front="none")
+    with pytest.raises(ValueError, match="player 'seldom': warmup=3 leaves nothing of total=2"):
+        learn.fit(epochs=1)
+    assert [p.schedule.total for p in players] == [None, None]
+    learn.fit(epochs=3)
+    assert [p.schedule.total for p in players] == [30, 6]
+
+
+def test_a_player_without_a_turn_is_no_obstacle():
+    players = [Player("a", Net(), "mse", opt=OptimBuilder("sgd", lr=0.1, schedule="linear")),
+               Player("b", Net(), "mse", opt=OptimBuilder("sgd", lr=0.1, schedule="linear"), every=5)]  # fmt: skip
+    learn = Learner(players, DataLoader(TensorDataset(X, Y), batch_size=4), front="none")
+    learn.fit(steps=2)
+    learn.fit(steps=8, schedule="stretch")
+    assert [p.updates for p in players] == [10, 2]
+
+
 def test_schedule_needs_a_length():
     learn = learner(dls=forever(), opt=OptimBuilder("sgd", lr=0.1, schedule="cosine"))
     with pytest.raises(ValueError, match="must know its length"):
@@ -752,6 +882,113 @@ def test_best_is_by_the_score(tmp_path):
     assert learn.restore("best").step == 2
     assert learn.step == 2 and learn.history.last("valid/score") == 1.0
     assert learn.history.scalars["valid/score"][0].max() == 2
+
+
+@pytest.mark.parametrize("kw", [{"fit": {"steps": 20, "validate_every": 5}}, {"fit": {"epochs": 4}}])
+def test_saves_by_step_know_their_score(kw, tmp_path):
+    learn = learner(dls=validated(), run=tmp_path / "run", save_every=5, keep=9)
+    learn.fit(**kw["fit"])
+    assert [(e.step, e.score is not None) for e in learn.checkpoints] == [(5, True), (10, True), (15, True), (20, True)]
+    scores = {e.step: e.score for e in learn.checkpoints}
+    assert learn.restore("best").step == min(scores, key=scores.get)
+
+
+def test_a_branch_is_saved_like_any_run(tmp_path):
+    learn = learner(run=tmp_path / "run", keep=9)
+    learn.fit(epochs=2)
+    learn.restore("5")
+    learn.fit(epochs=1)
+    assert [e.step for e in learn.checkpoints] == [5, 10, 10]
+    mine = weights(learn)
+    learn.restore("last")
+    assert_same(mine, weights(learn))
+
+
+def test_best_with_several_loaders_and_a_score(tmp_path):
+    class Scored(Learner):
+        def validation_epoch_end(self, outputs):
+            return [1.0, 3.0, 2.0][self.epoch]
+
+    learn = learner(Scored, dls={"train": (X, Y), "day": (X, Y), "night": (X, Y)}, run=tmp_path / "run")
+    learn.fit(epochs=3)
+    assert learn.restore("best").step == 2  # more of a score is better
+
+
+def test_a_monitor_that_nobody_records_is_said(tmp_path):
+    learn = learner(dls=validated(), run=tmp_path / "run", monitor="valid/acuracy", mode="max", metrics=["mae"])
+    with pytest.warns(UserWarning, match="'valid/acuracy' is not recorded"):
+        learn.fit(1)
+    with pytest.raises(ValueError, match="is more of it better, or less"):
+        learner(monitor="valid/frobs")
+
+
+def test_a_look_at_other_data_is_not_the_runs_validation(tmp_path):
+    learn = learner(dls=validated(), run=tmp_path / "run")
+    learn.fit(1)
+    before = learn.history.scalars["valid/loss"][1].tolist()
+    assert learn.validate((X, Y * 0))["valid/loss"] != before[-1]
+    assert learn.history.scalars["valid/loss"][1].tolist() == before
+
+
+def test_metrics_that_see_nothing_are_said():
+    with pytest.warns(UserWarning, match="this learner has none"):
+        learner(metrics=["mae"]).fit(1)
+
+    class Blind(Learner):
+        def validation_step(self, batch):
+            return {"mine": 1.0}
+
+    with pytest.warns(UserWarning, match="sets self.pred"):
+        learn = learner(Blind, dls=validated(), metrics=["mae"])
+        learn.fit(1)
+    assert "valid/mae" not in learn.history.names() and learn.history.last("valid/mine") == 1.0
+
+
+def test_what_the_checkpoint_overrules_is_said(tmp_path):
+    two = {"a": ("mse", 1.0), "b": ("l1", 1.0)}
+    learner(loss=two, run=tmp_path / "run").fit(1)
+    other = learner(loss={"a": ("mse", 5.0), "b": ("l1", 3.0)}, opt=OptimBuilder("adamw", lr=0.5), run=tmp_path / "run")
+    with pytest.warns(UserWarning, match=r"lr=0.01.*the code says.*lr=0.5.*term weights"):
+        other.restore()
+    with pytest.raises(ValueError, match="terms with weights were"):
+        learner(run=tmp_path / "run").restore()
+    module = learner(loss=nn.MSELoss(), run=tmp_path / "m")
+    module.fit(1)
+    learner(loss="mse", run=tmp_path / "m").restore()
+
+
+def test_a_bare_run_name_lies_with_the_other_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert learner(run="digits").run.as_posix() == "runs/digits"
+    assert learner(run="elsewhere/digits").run.as_posix() == "elsewhere/digits"
+    assert learner(run="digits", runs="kept").run.as_posix() == "kept/digits"
+
+
+@pytest.mark.parametrize("name,message", [("metric", "did you mean metrics"), ("callbacks", "did you mean cbs"),
+                                          ("lr", r"OptimBuilder\(…, lr=…\)"), ("devise", "device"), ("xyz", "accepted: model")])  # fmt: skip
+def test_a_misspelt_argument(name, message):
+    with pytest.raises(TypeError, match=message):
+        learner(**{name: 1})
+
+
+def test_messages_for_what_is_easily_got_wrong():
+    with pytest.raises(ValueError, match="'loss' is the sum of the terms"):
+        player = Player("p", Net(), step=lambda learn, b: {"loss": learn.model(b[0]).mean(), "acc": torch.tensor(1.0)})
+        Learner(player, [(X, Y)], front="none").fit(1)
+    with pytest.raises(ValueError, match="2 modules: give it a step="):
+        Learner(Player("p", [nn.Linear(3, 1), nn.Linear(1, 1)], "mse"), [(X, Y)], front="none").fit(1)
+    with pytest.raises(ValueError, match="override validation_step"):
+        Learner([Player("a", Net(), "mse"), Player("b", Net(), "mse")], [(X, Y)], front="none").validate([(X, Y)])
+    with pytest.raises(TypeError, match="one loader at a time"):
+        learner().predict({"a": X, "b": X})
+
+    class Words(Learner):
+        def validation_step(self, batch):
+            return "fine"
+
+    with pytest.raises(TypeError, match="received str"):
+        learner(Words, dls=validated()).fit(1)
+    learner(cbs=On("after_epoch", lambda learn: None)).fit(np.int64(1))
 
 
 @pytest.mark.parametrize("change,message", [
@@ -870,7 +1107,8 @@ def test_front_that_is_missing_is_said_once():
 
 
 @pytest.mark.parametrize("args,message", [
-    (("resnet",), "received 'resnet'"), ((nn.Linear(1, 1), None, 3), "a loss is a name"),
+    (("resnet",), "received str"), ((nn.Linear(1, 1), None, 3), "a loss is a name"),
+    ((nn.Linear(1, 1), None, nn.MSELoss), r"pass an instance: MSELoss\(\)"), ((nn.Linear(1, 1), None, nn.Linear(1, 1)), "no player would train"),
     (([Player("a", nn.Linear(1, 1)), Player("a", nn.Linear(1, 1))],), "distinct names"),
 ])  # fmt: skip
 def test_bad_construction(args, message):

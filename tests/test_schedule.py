@@ -214,6 +214,101 @@ def make_at(schedule):
     return other
 
 
+def naive(schedule, updates):
+    "The rates that come of asking for the multiplier of every update."
+    return [base * schedule.multiplier(u) for u in updates for base in schedule.base_lrs]
+
+
+@given(st.sampled_from(sorted(DECAYING)), st.integers(2, 12), st.sampled_from([0, 1, 0.5]), st.floats(0, 1), st.integers(0, 20))
+def test_what_is_left_out_makes_no_difference(name, total, warmup, end, jump):
+    """Flat stretches are not evaluated and equal rates not written: the rates are the naive ones to the last bit."""
+    schedule = make(name, lrs=(0.3,), total=total, warmup=warmup, end=end, **DECAYING[name])
+    assert walk(schedule, 20) == naive(schedule, range(20))
+    schedule.stretch(total + 20)
+    assert walk(schedule, 25) == naive(schedule, range(20, 45))
+    schedule.restart(total)
+    assert walk(schedule, 20) == naive(schedule, range(20))
+    schedule.update = jump  # by hand: takes effect at the next update
+    schedule.advance()
+    assert schedule.lr == naive(schedule, [jump + 1])
+
+
+class Counted(dict):
+    "A parameter group that counts how often its rate is set."
+
+    writes = 0
+
+    def __setitem__(self, key, value):
+        self.writes += key == "lr"
+        super().__setitem__(key, value)
+
+
+def counted(schedule):
+    groups = schedule.optimizer.param_groups
+    groups[:] = map(Counted, groups)
+    return groups
+
+
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_a_constant_rate_costs_nothing_behind_its_warm_up(warmup, monkeypatch):
+    schedule = make("constant", lrs=(0.1, 0.2), warmup=warmup)
+    groups, asked = counted(schedule), []
+    monkeypatch.setattr(schedule, "_value", lambda *args: asked.append(args) or 1.0)
+    walk(schedule, 20)
+    assert len(asked) == warmup and [group.writes for group in groups] == [warmup, warmup]
+    assert schedule.update == 20 and schedule.lr == [0.1, 0.2]
+
+
+def test_a_shape_is_asked_once_for_an_update_and_never_behind_its_end():
+    asked = []
+    schedule = make(lambda u, total: asked.append(u) or 1 - u / total, total=5)
+    groups = counted(schedule)
+    asked.clear()
+    walk(schedule, 12)
+    assert asked == [1, 2, 3, 4, 5] and groups[0].writes == 5
+    steps = make("step", every=10, gamma=0.5)
+    groups = counted(steps)
+    walk(steps, 25)
+    assert groups[0].writes == 2 and steps.lr == [0.025]
+
+
+def test_flat_rates_follow_what_changes_around_them():
+    schedule = make("constant", lrs=(0.1,))
+    walk(schedule, 3)
+    schedule.optimizer.param_groups[0]["lr"] = 7.0  # somebody's hand, or the optimizer's restored state
+    schedule.advance()
+    assert schedule.lr == [0.1]
+    schedule.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "lr": 1.0})
+    schedule.advance()
+    assert schedule.lr == [0.1, 1.0] and schedule.base_lrs == [0.1, 1.0]
+    schedule.base_lrs[0] = 0.5
+    schedule.advance()
+    assert schedule.lr == [0.5, 1.0]
+
+
+def test_a_tensor_rate_that_was_exchanged_is_filled():
+    opt = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=torch.tensor(0.5))
+    schedule = Schedule(opt, "constant")
+    schedule.advance()
+    rate = opt.param_groups[0]["lr"]
+    version = rate._version
+    schedule.advance()
+    assert rate._version == version  # not written again
+    opt.param_groups[0]["lr"] = torch.tensor(3.0)
+    schedule.advance()
+    assert opt.param_groups[0]["lr"].item() == 0.5
+
+
+def test_a_state_without_a_length_ends_a_flat_stretch():
+    late = make("constant", warmup=0.5)
+    schedule = make("constant")
+    schedule.load_state_dict(late.state_dict())
+    with pytest.raises(ValueError, match="must know its length"):
+        schedule.advance()
+    schedule.set_total(4)
+    assert schedule.lr == pytest.approx([0.1 / 3])
+
+
 def test_restart_and_stretch():
     schedule = make("cosine", total=10, warmup=2)
     walk(schedule, 10)

@@ -83,12 +83,27 @@ def test_the_nearest_file_is_not_merged_with_one_above(ini, tmp_path):
     settings = load_settings(tmp_path / "a")
     assert (settings.seed, settings.keep) == (3, 3)
 
-@pytest.mark.parametrize("foreign", ["[DEFAULT]\nlib_name = x\nkeep = 99\n", "[settings]\nDEBUG = on\n"])
+@pytest.mark.parametrize("foreign", [
+    "[DEFAULT]\nlib_name = x\nkeep = 99\n", "[settings]\nDEBUG = on\n", "",
+    "DEBUG = on\nseed = 3\n", "just some text\n", "port: 80\n# [trainkit]\n",  # no section header
+    "[app]\nport = 1\nport = 2\n", "[app]\na = 1\n[app]\na = 2\n", "[app]\nport\n  x"])  # not what configparser takes
 def test_another_tools_file_is_passed_over(ini, tmp_path, foreign):
     ours = ini("[trainkit]\nkeep = 9\n")
     ini(foreign, tmp_path / "a")
     assert find_settings(tmp_path / "a")[0] == ours
     assert load_settings(tmp_path / "a").keep == 9
+
+def test_another_tools_file_in_another_encoding_is_passed_over(ini, tmp_path):
+    ours = ini("[trainkit]\nkeep = 9\n")
+    (tmp_path / "a").mkdir()
+    for raw in "[app]\nname = Jürgen\n".encode("latin-1"), "[app]\nname = x\n".encode("utf-16"), bytes(range(256)):
+        (tmp_path / "a" / "settings.ini").write_bytes(raw)
+        assert find_settings(tmp_path / "a")[0] == ours
+
+def test_line_ends_of_another_system(tmp_path):
+    (tmp_path / "settings.ini").write_bytes(b"[trainkit]\r\nkeep = 9\r\n\r\n[optimizer]\r\nname = sgd\r\n")
+    settings = load_settings(tmp_path)
+    assert (settings.keep, settings.optimizer.name) == (9, "sgd")
 
 def test_how_files_are_written(ini, tmp_path):
     ini("\ufeff# a comment\n[trainkit]\nRUNS = my runs/50%   ; another\nseed:3\n\n[optimizer]\nbetas = .5 .999\n")
@@ -137,6 +152,31 @@ def test_arguments_are_objects(tmp_path):
     assert (settings.save_every, settings.scheduler.warmup, settings.seed) == (100, 0.1, None)
     assert settings.source("trainkit", "seed") == "default"  # None is: not given
 
+@pytest.mark.parametrize("key", ["save_every", "front"])
+def test_none_is_none_where_none_is_a_value(key, ini, tmp_path):
+    path = ini(f"[trainkit]\n{key} = None\n")
+    by_file, by_argument = load_settings(tmp_path), load_settings(tmp_path, **{key: None})
+    assert getattr(by_file, key) == getattr(by_argument, key) == "none"
+    assert (by_file.source("trainkit", key), by_argument.source("trainkit", key)) == (str(path), "argument")
+
+def test_none_elsewhere_is_not_given(tmp_path):
+    names = [name if section == "trainkit" else f"{section}_{name}" for section, name in KEYS]
+    rest = {name: None for name in names if name not in ("save_every", "front")}
+    settings = load_settings(tmp_path, **rest)
+    assert settings == Settings() and {settings.source(*key) for key in KEYS} == {"default"}
+
+def test_blame_says_where_a_value_came_from(ini, tmp_path, monkeypatch):
+    path = ini("[trainkit]\ndevice = gpu\nkeep = 5\n[optimizer]\nname = adamm\n")
+    monkeypatch.setenv("TRAINKIT_FRONT", "nowhere")
+    settings = load_settings(tmp_path, scheduler_name="cosin", keep=7)
+    assert settings.blame("optimizer", "name") == f" (settings: {path} [optimizer] name)"
+    assert settings.blame("trainkit", "device") == f" (settings: {path} [trainkit] device)"
+    assert settings.blame("trainkit", "front") == " (settings: environment TRAINKIT_FRONT [trainkit] front)"
+    for key in ("scheduler", "name"), ("trainkit", "keep"), ("trainkit", "seed"):  # arguments, a default
+        assert settings.blame(*key) == ""
+    with pytest.raises(KeyError, match="trainkit device"):
+        settings.blame("trainkit", "devise")
+
 @pytest.mark.parametrize("text, parts", [
     ("[trainkit]\nprecison = bf16\n", ["'precison'", "[trainkit]", "nearest first: precision"]),
     ("[optimizer]\nlerning_rate = 1\n", ["'lerning_rate'", "[optimizer]", "betas", "lr"]),
@@ -148,7 +188,9 @@ def test_arguments_are_objects(tmp_path):
     ("[trainkit]\nkeep = 3\n[DEFAULT]\nkeep = 4\n", ["[DEFAULT]"]),
     ("[trainkit]\nkeep = 3\nkeep = 4\n", ["keep", "already exists"]),
     ("[trainkit]\nkeep\n", ["not a settings file"]),
-    ("keep = 3\n", ["not a settings file"]),
+    ("keep = 3\nSEED: 4  # ours alone\n", ["not a settings file", "no section headers"]),  # the header was forgotten
+    ("  [Optimiser] ; misspelt\nlr = 1\n", ["[Optimiser]", "nearest first: optimizer"]),
+    ("[app]\na = 1\na = 2\n[scheduler]\nwarmup = 2\n", ["not a settings file", "already exists"]),
     ("[trainkit]\ndevice = auto\n  keep = 4\n", ["[trainkit] device", "keep = 4"])])
 def test_a_file_that_is_wrong(text, parts, ini, tmp_path):
     path = ini(text)

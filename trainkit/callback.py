@@ -139,7 +139,7 @@ def check_callback(cb: Any) -> None:
     if not isinstance(cb, Callback):
         raise TypeError(f"a callback is an instance of trainkit.callback.Callback; received {cb!r}")
     for name in dir(cb):
-        if re.match(r"(before|after|cleanup)_", name) and name not in EVENTS:
+        if re.match(r"(before|after|cleanup)_|on_.*_(start|begin|end)$", name) and name not in EVENTS:
             near = difflib.get_close_matches(name, EVENTS, 3)
             hint = f"did you mean {', '.join(near)}?" if near else f"the events are {', '.join(EVENTS)}"
             raise TypeError(f"{type(cb).__name__}.{name} is not an event of the loop; {hint}")
@@ -246,8 +246,8 @@ def loop_picture(
 class Emitter:
     "Holds callbacks and tells them where the loop is."
 
-    def __init__(self, cbs: Iterable[Callback] = ()):
-        self.cbs = CallbackList(cbs)
+    def __init__(self, cbs: Callback | Iterable[Callback] = ()):
+        self.cbs = CallbackList([cbs] if isinstance(cbs, Callback) else cbs)
         self._bind()
 
     def _bind(self) -> None:

@@ -5,6 +5,7 @@
 # %% ../nbs/23_evaluate.ipynb #85ea5759
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .callback import CancelValidate, Scopes
-from .data import Loaders, as_loaders, batch_size_of
+from .data import Loaders, as_loaders, batch_size_of, describe
 from .device import Precision, preserve_rng, to_device
 from .history import History
 from .metrics import Mean, MetricSet
@@ -59,7 +60,7 @@ class Members(Scopes):
         finally:
             for module, mode in modes:
                 module.training = mode
-            self.state = before
+            self.state, self.batch, self.pred = before, None, None
 
 # %% ../nbs/23_evaluate.ipynb #0fb0a86e
 class Walk(Members):
@@ -96,19 +97,27 @@ class Gathered:
 
     def __init__(self, metrics: MetricSet, outputs: list[Any] | None):
         self.metrics, self.outputs, self.means = metrics, outputs, dict[str, Mean]()
+        self.looked = not len(metrics)  # have the metrics seen anything?
 
     def add(self, learn: Members, result: Any) -> None:
         "Take in one batch: what its step returned, and the metrics of `learn.pred`."
         n = batch_size_of(learn.batch)
+        if self.outputs is None and not isinstance(result, (Mapping, Tensor, int, float, type(None))):
+            raise TypeError(f"a step returns a scalar, a dict of scalars or nothing; received {describe(result)}. (Anything "
+                            "else needs an epoch_end that says what to make of it.)")  # fmt: skip
         for name, value in scalars(result).items():
             self.means.setdefault(name, Mean()).update(value, n)
         if len(self.metrics) and learn.pred is not None:
             self.metrics.update(learn.pred, learn.split(learn.batch)[2], n)
+            self.looked = True
         if self.outputs is not None:
             self.outputs.append(result)
 
     def compute(self) -> dict[str, float]:
         "Averages and metrics by name."
+        if not self.looked:
+            warnings.warn("the metrics saw no prediction: a step of your own sets self.pred", stacklevel=2)
+            return {name: mean.compute() for name, mean in self.means.items()}
         return {**{name: mean.compute() for name, mean in self.means.items()}, **self.metrics.compute()}
 
 # %% ../nbs/23_evaluate.ipynb #b5f67ec3
@@ -146,21 +155,21 @@ class Measure(Hooks):
     "Validates and tests, and records what it finds."
 
     def validate(self, dl: Any = None) -> dict[str, float]:
-        "Evaluate on `dl`, or on the learner's validation loaders; returns and records losses and metrics."
+        "Evaluate on the learner's validation loaders and record losses and metrics; for a `dl` given here, only return them."
         loaders = self.loaders.valid if dl is None else as_loaders({"valid": dl}).valid
         if not loaders:
             raise ValueError("there is nothing to validate on: give the learner a validation loader, or validate(dl)")
-        return self._measure("validate", "valid", loaders, self.validation_step, self.validation_epoch_end)
+        return self._measure("validate", "valid", loaders, self.validation_step, self.validation_epoch_end, dl is None)
 
     def test(self, dl: Any = None) -> dict[str, float]:
         "Evaluate on `dl`, or on the learner's test loaders, with `test_step`."
         loaders = self.loaders.test if dl is None else as_loaders({"test": dl}).test
         if not loaders:
             raise ValueError("there is nothing to test on: give the learner a test loader, or test(dl)")
-        return self._measure("test", "test", loaders, self.test_step, self.test_epoch_end)
+        return self._measure("test", "test", loaders, self.test_step, self.test_epoch_end, True)
 
     def _measure(
-        self, what: str, split: str, loaders: Mapping[str, Any], step: Callable, epoch_end: Callable
+        self, what: str, split: str, loaders: Mapping[str, Any], step: Callable, epoch_end: Callable, record: bool
     ) -> dict[str, float]:
         results: dict[str, float] = {}
         overridden = getattr(type(self), epoch_end.__name__) is not getattr(Hooks, epoch_end.__name__)
@@ -173,7 +182,7 @@ class Measure(Hooks):
                 prefix = split if self.loader == split else f"{split}.{self.loader}"
                 results.update({f"{prefix}/{name}": value for name, value in gathered.compute().items()})
             results.update({f"{split}/{name}": float(value) for name, value in scalars(epoch_end(outputs), "score").items()})
-            for name, value in results.items():
+            for name, value in results.items() if record else ():
                 self.history.add(name, value, self.step)
 
         with self.observing({"validate": "validating", "test": "testing"}[what]):
@@ -186,7 +195,10 @@ class Predict(Measure):
     def predict(self, dl: Any) -> Any:
         "The predictions for every batch of `dl` (a loader, tensors, arrays), in order, on the CPU."
         outputs: list[Any] = []
-        ((self.loader, loader),) = as_loaders({"test": dl}).test.items()
+        loaders = as_loaders({"test": dl}).test
+        if len(loaders) != 1:
+            raise TypeError(f"predict takes one loader at a time; received {describe(dl)}")
+        ((self.loader, loader),) = loaders.items()
 
         def keep(pred: Any) -> None:
             outputs.append(to_device(pred, torch.device("cpu")))

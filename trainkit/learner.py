@@ -5,13 +5,16 @@
 # %% ../nbs/25_learner.ipynb #c45fa321
 from __future__ import annotations
 
+import difflib
+import inspect
+import operator
 import pkgutil
 import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +30,13 @@ from .history import History
 from .metrics import MetricSet
 from .optim import OptimBuilder
 from .player import Player, freeze, losses_of, move, others_of, thaw, total_of, weighted_sum
-from .settings import Settings, load_settings
-from .state import AutoSave, Restore
+from .schedule import check_warmup
+from .settings import KEYS, Settings, load_settings
+from .state import AutoSave, Restore, best_mode
 
 # %% auto #0
-__all__ = ['Turns', 'Move', 'Target', 'count', 'Loop', 'Stoppable', 'two_stage_interrupt', 'plan_schedules', 'Plan', 'Running',
-           'Fit', 'as_players', 'best_mode', 'Steps', 'Placed', 'Shown', 'Learner']
+__all__ = ['SYNONYMS', 'Turns', 'Move', 'Target', 'count', 'Loop', 'Stoppable', 'two_stage_interrupt', 'plan_schedules', 'Plan',
+           'Running', 'Fit', 'as_players', 'Steps', 'Placed', 'Shown', 'check_keywords', 'Learner']
 
 # %% ../nbs/25_learner.ipynb #16623574
 class Turns(Restore):
@@ -59,6 +63,10 @@ class Turns(Restore):
             if player.due(self.step):
                 self._take_turn(player)
         self.step += 1
+        self._after_round()
+
+    def _after_round(self) -> None:
+        "The batch is done; the loop says what belongs to the step."
 
     def _take_turn(self, player: Player) -> None:
         self._frozen = freeze(self._others[player.name])
@@ -114,6 +122,8 @@ class Target:
 
     epoch: int | None = None
     step: int | None = None
+    validate_every: int | None = None  # steps; None: at the end of each epoch
+    schedule: str | None = None  # what a schedule does at its end, if it was said
 
     def reached(self, epoch: int, step: int) -> bool:
         "Is the fit over?"
@@ -125,9 +135,13 @@ class Target:
 
 def count(name: str, value: Any) -> int:
     "A number of epochs or steps, or an error that says what was received."
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    try:
+        n = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        n = -1
+    if n < 0:
         raise ValueError(f"fit({name}=…) takes a whole number >= 0; received {value!r}")
-    return value
+    return n
 
 # %% ../nbs/25_learner.ipynb #ac7233f8
 class _Pause(Cancel):
@@ -138,13 +152,14 @@ class Loop(Move):
     "Epochs of batches until the target is reached."
 
     target: Target = Target()
-    validate_every: int | None = None  # steps; None: at the end of each epoch
     drawn: bool = False  # the open epoch's batches are done, its validation isn't
+    owed: bool = False  # a validation belongs to this step and isn't done
+    broken: bool = False  # an interrupt or an error struck inside a batch
     _stopping: str | None = None  # "stopped" or "interrupted", once asked for
 
     def _loop(self) -> None:
         idle = 0
-        while not (self._stopping or self.target.reached(self.epoch, self.step)):
+        while not (self._stopping or self._complete()):
             finished, step = self.epoch + 1, self.step
             if not self._scope("epoch", self._epoch, CancelEpoch):
                 self.stream.end_epoch()
@@ -153,23 +168,33 @@ class Loop(Move):
             if idle == 100:
                 raise RuntimeError("100 epochs in a row were cancelled, no step was made, and fit(steps=…) waits for steps")
 
+    def _complete(self) -> bool:
+        return self.target.reached(self.epoch, self.step) and not (self.owed or self.drawn)
+
     def _epoch(self) -> None:
+        if self.owed:
+            self._between()
         while not self.drawn and (batch := self.stream.next_batch()) is not None:
             self.batch = to_device(batch, self.device, channels_last=self.channels_last)
-            done = self.step + 1
-            self._scope("batch", self._turns, CancelBatch)
-            self.step = done
+            done, self.broken = self.step + 1, True
+            try:
+                self._scope("batch", self._turns, CancelBatch)
+            finally:
+                self.step = done  # a batch counts, however it ended: it will not come again
+            self.broken = False
+            self._after_round()
             self._between()
         self.drawn = True
-        if self.loaders.valid and self.validate_every is None:
+        if self.loaders.valid and not self.target.validate_every:
             self.validate()
         self.epoch, self.drawn = self.epoch + 1, False
         self.history.mark("epoch", self.step, str(self.epoch))
 
     def _between(self) -> None:
-        "Between two batches: validate if it is time; end here if asked to, or if the fit has its steps."
-        if self.loaders.valid and self.validate_every and self.step % self.validate_every == 0:
+        "Between two batches: validate if it is owed; end here if asked to, or if the fit has its steps."
+        if self.owed:
             self.validate()
+            self.owed = False
         enough = self.target.step is not None and self.step >= self.target.step
         if (self._stopping or enough) and not self.stream.at_end:
             raise _Pause
@@ -179,6 +204,10 @@ class Stoppable(Loop):
     "Ends between two steps when asked."
 
     _fitting: bool = False
+
+    def _after_round(self) -> None:
+        every = self.target.validate_every
+        self.owed = bool(self.loaders.valid and every and self.step % every == 0)
 
     def stop(self) -> None:
         "End the running fit at the next step; safe from any thread, a callback, a signal. `fit()` goes on from there."
@@ -201,13 +230,12 @@ class Stoppable(Loop):
 
     def position(self) -> dict[str, Any]:
         "Where in the training the learner is, and where the fit was to end."
-        return {"step": self.step, "epoch": self.epoch, "drawn": self.drawn, "target": asdict(self.target),
-                "validate_every": self.validate_every}  # fmt: skip
+        return {"step": self.step, "epoch": self.epoch, "drawn": self.drawn, "owed": self.owed, "target": asdict(self.target)}
 
     def go_to(self, position: dict[str, Any]) -> None:
         "Take up a `position`."
-        self.step, self.epoch, self.drawn = position["step"], position["epoch"], position["drawn"]
-        self.target, self.validate_every = Target(**position["target"]), position["validate_every"]
+        self.step, self.epoch, self.drawn, self.owed = (position[key] for key in ("step", "epoch", "drawn", "owed"))
+        self.target = Target(**position["target"])
 
 # %% ../nbs/25_learner.ipynb #36a8145d
 @contextmanager
@@ -242,7 +270,7 @@ def plan_schedules(
     "Tell every schedule how long it is, or raise ValueError having changed none."
     if beyond not in (None, "hold", "restart", "stretch"):
         raise ValueError(f"fit(schedule=…) takes 'hold', 'restart' or 'stretch'; received {beyond!r}")
-    todo: list[tuple[Callable[[int], None], int]] = []
+    todo: list[tuple[Player, Callable[[int], None], int]] = []
     for player in players:
         schedule = player.schedule
         if not schedule.needs_total:
@@ -252,15 +280,22 @@ def plan_schedules(
             if turns is None:
                 raise ValueError(f"player {player.name!r}: its schedule {schedule.name!r} must know its length, and the "
                                  "loader has none: use fit(steps=…) or OptimBuilder(total=…)")  # fmt: skip
-            todo.append((schedule.set_total, schedule.update + turns))
-        elif turns is not None and schedule.update + turns > schedule.total and beyond != "hold":
-            if beyond is None:
+            if turns:
+                todo.append((player, schedule.set_total, schedule.update + turns))
+        elif turns and beyond in ("restart", "stretch"):
+            todo.append((player, *((schedule.restart, turns) if beyond == "restart" else (schedule.stretch, schedule.update + turns))))
+        elif turns and beyond is None:
+            if schedule.update + turns > schedule.total:
                 raise ValueError(
                     f"player {player.name!r}: its schedule {schedule.name!r} ends at update {schedule.total}, and this fit "
                     f"would go on to {schedule.update + turns}. Say fit(…, schedule='hold') to stay at its end, 'restart' "
                     "for a new curve over this fit, or 'stretch' to lay the curve over the new length")  # fmt: skip
-            todo.append((schedule.restart, turns) if beyond == "restart" else (schedule.stretch, schedule.update + turns))
-    for act, n in todo:
+    for player, _, n in todo:
+        try:
+            check_warmup(player.schedule.warmup, n)
+        except ValueError as error:
+            raise ValueError(f"player {player.name!r}: {error}") from error
+    for _, act, n in todo:
         act(n)
 
 # %% ../nbs/25_learner.ipynb #2d98ceb7
@@ -270,32 +305,33 @@ class Plan(Stoppable):
     fit_start: int = 0  # step at which the fit began
     fit_steps: int | None = None  # steps it will make; None when the loader can't tell
 
-    def _target(self, epochs: int | None, steps: int | None) -> Target:
+    def _target(self, epochs: int | None, steps: int | None, **how: Any) -> Target:
+        if how["validate_every"] is not None and count("validate_every", how["validate_every"]) == 0:
+            raise ValueError("fit(validate_every=…) takes a number of steps >= 1; received 0")
         if epochs is not None and steps is not None:
             raise ValueError(f"fit takes epochs or steps, not both; received epochs={epochs!r}, steps={steps!r}")
         if epochs is not None:
-            return Target(epoch=self.epoch + count("epochs", epochs))
+            n = count("epochs", epochs)
+            return Target(epoch=self.epoch + n + (self.drawn and n > 0), **how)
         if steps is not None:
-            return Target(step=self.step + count("steps", steps))
-        if self.target.reached(self.epoch, self.step):
+            return Target(step=self.step + count("steps", steps), **how)
+        if self._complete():
             raise ValueError("there is no open fit to go on with: say fit(epochs=…) or fit(steps=…)")
-        return self.target
+        return replace(self.target, **{key: value for key, value in how.items() if value is not None})
 
-    def _prepare(self, target: Target, validate_every: int | None, schedule: str | None) -> None:
+    def _prepare(self, target: Target) -> None:
         if self.state in ("training", "validating", "testing", "predicting"):
             raise RuntimeError(f"this learner is {self.state}; one fit at a time")
         if self.loaders.train is None:
             raise ValueError("there is nothing to train on: the learner was given no training loader (dls)")
         if self.batches_per_epoch == 0:
             raise ValueError("the training loader is empty: it has no batch (drop_last with too few samples?)")
-        if validate_every is not None and count("validate_every", validate_every) == 0:
-            raise ValueError("fit(validate_every=…) takes a number of steps >= 1; received 0")
         for player in self.players:
             if not any(p.requires_grad for p in player.parameters()):
                 raise ValueError(f"player {player.name!r} has no trainable parameter: all are frozen, or it has none")
         left = self._steps_to(target)
-        plan_schedules(self.players, self.step, left, schedule)
-        self.target, self.validate_every = target, validate_every
+        plan_schedules(self.players, self.step, left, target.schedule)
+        self.target = replace(target, schedule="hold" if target.schedule else None)  # a restart is not repeated
         self.fit_start, self.fit_steps = self.step, left
 
     def _steps_to(self, target: Target) -> int | None:
@@ -303,7 +339,7 @@ class Plan(Stoppable):
             return target.step - self.step
         if self.batches_per_epoch is None or target.epoch is None:
             return None
-        return (target.epoch - self.epoch) * self.batches_per_epoch - self.batch_idx
+        return (target.epoch - self.epoch - self.drawn) * self.batches_per_epoch - self.batch_idx
 
 # %% ../nbs/25_learner.ipynb #234f2a4c
 class Running(Plan):
@@ -312,16 +348,19 @@ class Running(Plan):
     error: BaseException | None = None  # what the last fit failed with
 
     def _run(self) -> None:
-        self.state, self.error, self._stopping, self.torn = "training", None, None, None
+        self.state, self.error, self._stopping, self.torn, self.broken = "training", None, None, None, False
         try:
-            for module in self.modules():
-                module.train()
+            for module in {m for player in self.players for m in player.modules.values()}:
+                if not module.training:  # in training as a whole, its parts keep the modes that their owner chose
+                    module.train()
             self.emit("before_fit")
             try:
                 self._loop()
             except _Pause:
                 pass
-            self.state = "finished" if self.target.reached(self.epoch, self.step) else self._stopping or "stopped"
+            self.state = "finished" if self._complete() else self._stopping or "stopped"
+            if self.state != "finished":
+                self.history.mark(self.state, self.step)
             self.emit("after_fit")
         except BaseException as error:
             self._ended_by(error)
@@ -360,10 +399,10 @@ class Fit(Running):
         schedule: str | None = None,  # if the plan goes beyond the end of a schedule: "hold", "restart" or "stretch"
     ) -> None:
         "Train. Without arguments: go on to where the last fit was to end."
-        target = self._target(epochs, steps)
-        if target.reached(self.epoch, self.step):
+        target = self._target(epochs, steps, validate_every=validate_every, schedule=schedule)
+        if target.reached(self.epoch, self.step) and not (self.owed or self.drawn):
             return
-        self._prepare(target, validate_every, schedule)
+        self._prepare(target)
         modes, self._fitting = [(module, module.training) for module in self.modules()], True
         try:
             with two_stage_interrupt(self._interrupted):
@@ -390,19 +429,13 @@ def as_players(model: Any, loss: Any, opt: Any) -> list[Player]:
         return [Player("model", model, loss, opt=opt)]
     players = [model] if isinstance(model, Player) else [*model] if isinstance(model, (list, tuple)) else []
     if not players or not all(isinstance(player, Player) for player in players):
-        raise TypeError(f"a learner trains an nn.Module, a Player or a list of Players; received {model!r:.200}")
+        raise TypeError(f"a learner trains an nn.Module, a Player or a list of Players; received {describe(model)}")
     if loss is not None:
         raise TypeError("with Players, each has its own loss: Player(name, modules, loss)")
     names = [player.name for player in players]
     if len(set(names)) < len(names):
         raise ValueError(f"players need distinct names; received {names}")
     return players
-
-
-def best_mode(monitor: str) -> str:
-    "Whether more or less of a metric is better, judged by its name."
-    more = ("acc", "auc", "score", "psnr", "ssim", "sdr", "snr", "f1", "iou", "precision", "recall", "r2", "corr")
-    return "max" if any(word in monitor.rsplit("/", 1)[-1].lower() for word in more) else "min"
 
 # %% ../nbs/25_learner.ipynb #ba661955
 class Steps(Fit):
@@ -415,7 +448,9 @@ class Steps(Fit):
 
     def validation_step(self, batch: Any) -> Any:
         "A dict of scalars to be averaged over the batches; sets `self.pred` for the metrics."
-        player, = self.players
+        if len(self.players) > 1:
+            raise ValueError("with several players, what a validation is must be said: override validation_step")
+        player = self.players[0]
         losses = losses_of(player, player.step(self, batch) if player.step else self._supervised(player, batch))
         return {"loss": weighted_sum(player, losses), **losses}
 
@@ -425,9 +460,10 @@ class Steps(Fit):
         return self.model(*inputs, **named)
 
     def _supervised(self, player: Player, batch: Any) -> dict[str, Tensor]:
+        if len(player.modules) > 1:
+            raise ValueError(f"player {player.name!r} has {len(player.modules)} modules: give it a step= that says what they do")
         inputs, named, targets = self.split(batch)
-        model, = player.modules.values()
-        pred = model(*inputs, **named)
+        pred = next(iter(player.modules.values()))(*inputs, **named)
         if self.player is None:
             self.pred = pred
         else:
@@ -469,19 +505,22 @@ class Placed(Steps):
                 apply_channels_last(module)
             if compile:
                 compile_module(module, compile)
-        default = OptimBuilder.from_settings(vars(settings.optimizer), vars(settings.scheduler))
         for player in self.players:
-            player.build(default, self.precision)
+            if player.builder is None:
+                player.builder = OptimBuilder.from_settings(vars(settings.optimizer), vars(settings.scheduler))
+            player.build(self.precision)
         self._others, self._lrs = others_of(self.players), {}
         self._prefix = {p.name: f"train/{p.name}/" if len(self.players) > 1 else "train/" for p in self.players}
 
     def _remember(self, run: str | Path | None) -> None:
         "Where the run is kept, and what its best checkpoint is."
-        settings, one = self.settings, len(self.players) == 1
-        self.run = Path(run) if run is not None else None
+        settings = self.settings
+        bare = isinstance(run, str) and Path(run).name == run
+        self.run = None if run is None else Path(settings.runs, run) if bare else Path(run)
         self.history = History(self.run / "history.jsonl" if self.run else None)
-        self.monitor = settings.monitor or ("valid/loss" if self.loaders.valid else "train/loss" if one else "")
-        self.mode = best_mode(self.monitor) if settings.mode == "auto" else settings.mode
+        self.monitor, self.mode = settings.monitor, "" if settings.mode == "auto" else settings.mode
+        if self.monitor and not (self.mode or best_mode(self.monitor)):
+            raise ValueError(f"monitor={self.monitor!r}: is more of it better, or less? Say mode='max' or mode='min'")
         if self.run is not None:
             self.checkpoints = Checkpoints(self.run / "checkpoints", keep=settings.keep)
             if settings.save_every != "none" and self.cbs.get(AutoSave) is None:
@@ -499,14 +538,16 @@ class Shown(Placed):
         self._fronted = True
         try:
             self.add(*pkgutil.resolve_name(self.settings.front)(self))
-        except ImportError as error:
-            warnings.warn(f"nothing shows this run: {error}", stacklevel=4)
+        except (ImportError, AttributeError) as error:
+            warnings.warn(f"nothing shows this run: {error}{self.settings.blame('trainkit', 'front')}", stacklevel=4)
 
-    def _prepare(self, target: Target, validate_every: int | None, schedule: str | None) -> None:
+    def _prepare(self, target: Target) -> None:
         if self.loaders.valid and len(self.players) > 1 and type(self).validation_step is Steps.validation_step:
             raise ValueError("with several players, what a validation is must be said: override validation_step, or give no "
                              "validation loader")  # fmt: skip
-        super()._prepare(target, validate_every, schedule)
+        super()._prepare(target)
+        if len(self.metrics) and not self.loaders.valid:
+            warnings.warn("metrics are computed on validation loaders, and this learner has none: dls=(train, valid)", stacklevel=4)
         self._own_run()
         self._attach_front()
 
@@ -516,6 +557,21 @@ class Shown(Placed):
         return "\n  ".join([head, *map(repr, self.players), *([f"run {self.run}"] if self.run else [])])
 
 # %% ../nbs/25_learner.ipynb #d7bc013f
+SYNONYMS = {"metric": "metrics", "callbacks": "cbs", "callback": "cbs", "lr": "opt=OptimBuilder(…, lr=…)", "optimizer": "opt",
+            "loss_fn": "loss", "criterion": "loss", "epochs": "fit(epochs=…)", "data": "dls", "dataloaders": "dls"}  # fmt: skip
+
+
+def check_keywords(cls: type, given: Iterable[str]) -> None:
+    "TypeError for keyword arguments that are neither a learner's own nor keys of the settings."
+    own = [name for c in cls.__mro__ if "__init__" in vars(c) for name in inspect.signature(c).parameters]
+    known = [*dict.fromkeys(name for name in [*own, *(key for section, key in KEYS if section == "trainkit")] if name != "settings")]
+    for name in given:
+        if name not in known and not name.startswith(("optimizer_", "scheduler_")):
+            near = [SYNONYMS[name]] if name in SYNONYMS else difflib.get_close_matches(name, known, 3)
+            hint = f"did you mean {', '.join(near)}?" if near else f"accepted: {', '.join(known)}"
+            raise TypeError(f"{cls.__name__} takes no argument {name!r}; {hint}")
+
+# %% ../nbs/25_learner.ipynb #7518b522
 class Learner(Shown):
     "Trains players on data, one batch a step, announcing every point of the loop to its callbacks."
 
@@ -527,12 +583,13 @@ class Learner(Shown):
         opt: Any = None,  # an OptimBuilder, a name, a class, a dict; None takes the settings'
         *,
         metrics: Any = (),  # functions (pred, target), names, objects with update/compute/reset
-        cbs: Iterable[Callback] = (),  # callbacks
-        run: str | Path | None = None,  # the run's folder for checkpoints and history; None keeps nothing on disk
+        cbs: Callback | Iterable[Callback] = (),  # callbacks
+        run: str | Path | None = None,  # folder of checkpoints and history (a bare name: in the settings' runs); None: no disk
         split: Callable[[Any], Any] = split_batch,  # batch -> (inputs, keyword inputs, targets)
         compile: bool | dict = False,  # torch.compile's options, or True
         **settings: Any,  # any key of settings.ini's [trainkit] section: device, precision, seed, monitor, front …
     ):
+        check_keywords(type(self), settings)
         self.settings = load_settings(**settings)
         if self.settings.seed is not None:
             seed_everything(self.settings.seed)

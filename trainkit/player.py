@@ -15,13 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .data import describe
 from .device import Precision
 from .optim import OptimBuilder, as_builder
 from .schedule import Schedule
 
 # %% auto #0
-__all__ = ['LOSSES', 'Term', 'get_loss', 'as_terms', 'named_modules', 'unwrapped', 'PlayerPlan', 'Player', 'BadLoss', 'losses_of',
-           'weighted_sum', 'total_of', 'move', 'others_of', 'freeze', 'thaw', 'player_state', 'load_player']
+__all__ = ['LOSSES', 'Term', 'get_loss', 'as_terms', 'named_modules', 'unwrapped', 'checked_terms', 'PlayerPlan', 'Player',
+           'BadLoss', 'losses_of', 'weighted_sum', 'total_of', 'move', 'others_of', 'freeze', 'thaw', 'player_state',
+           'load_player']
 
 # %% ../nbs/21_player.ipynb #490c5531
 @dataclass
@@ -62,6 +64,8 @@ def as_terms(
     loss: Any,  # a name, a callable, a `Term`; a list of those or of (name, fn[, weight]); a dict name -> fn or (fn, weight)
 ) -> list[Term]:
     "The named terms of a loss. A single loss is one term called 'loss'."
+    if isinstance(loss, type):
+        raise TypeError(f"received the class {loss.__name__} for a loss; pass an instance: {loss.__name__}()")
     if isinstance(loss, Term):
         return [loss]
     if isinstance(loss, str):
@@ -76,7 +80,7 @@ def as_terms(
         return terms
     if callable(loss):
         return [Term("loss", loss)]
-    raise TypeError(f"a loss is a name, a callable, or named terms; received {loss!r}")
+    raise TypeError(f"a loss is a name, a callable, or named terms; received {describe(loss)}")
 
 
 def _as_term(item: Any) -> Term:
@@ -113,6 +117,17 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module.module if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else module
 
 # %% ../nbs/21_player.ipynb #9e4aa187
+def checked_terms(name: str, terms: list[Term], weights: Mapping[str, float] | None) -> list[Term]:
+    "`terms`, if the weights are theirs and no loss has parameters that nobody would train."
+    if terms and (strange := set(weights or {}) - {term.name for term in terms}):
+        raise ValueError(f"player {name!r}: weights for {sorted(strange)}, and its terms are {[t.name for t in terms]}")
+    for term in terms:
+        if isinstance(term.fn, nn.Module) and any(p.requires_grad for p in term.fn.parameters()):
+            raise ValueError(f"player {name!r}: the loss {term.name!r} has trainable parameters that no player would train: "
+                             "freeze them, or give the player one module with model and loss and a step of your own")  # fmt: skip
+    return terms
+
+# %% ../nbs/21_player.ipynb #1b00ad25
 class PlayerPlan:
     "Who a player is, checked when it is written down."
 
@@ -133,7 +148,7 @@ class PlayerPlan:
             raise ValueError(f"player {name!r}: every must be a whole number of batches >= 1; received {every!r}")
         self.name, self.every, self.step = name, every, step
         self.modules = named_modules(name, modules)
-        self.terms = as_terms(loss) if loss is not None else []
+        self.terms = checked_terms(name, as_terms(loss) if loss is not None else [], weights)
         self.weights = {**{term.name: float(term.weight) for term in self.terms}, **(weights or {})}
         self.builder = as_builder(opt) if opt is not None else None
         self.updates = 0  # optimizer steps made
@@ -167,9 +182,9 @@ class Player(PlayerPlan):
                     seen.add(id(p))
                     yield (f"{key}.{name}" if many else name), p
 
-    def build(self, default: OptimBuilder, precision: Precision) -> None:
+    def build(self, precision: Precision) -> None:
         "Make the optimizer, the schedule and (for fp16) the scaler; the modules are on their device by now."
-        self.builder = self.builder or default
+        self.builder = self.builder or OptimBuilder()
         try:
             self.opt = self.builder.build([*self.named_parameters()])
         except (TypeError, ValueError) as error:
@@ -192,6 +207,10 @@ def losses_of(player: Player, result: Any) -> dict[str, Tensor]:
     losses = result if isinstance(result, dict) else {"loss": result}
     if not losses:
         raise BadLoss(f"player {player.name!r}: the training step returned no loss")
+    if "loss" in losses and len(losses) > 1:
+        raise BadLoss(f"player {player.name!r}: 'loss' is the sum of the terms, and the step returned it beside "
+                      f"{sorted(losses.keys() - {'loss'})}. Return only terms that are to be minimised; record anything else "
+                      "with learn.history.add(name, value, learn.step + 1)")  # fmt: skip
     for name, value in losses.items():
         if not isinstance(value, Tensor):
             raise BadLoss(f"player {player.name!r}: loss {name!r} must be a tensor; received {value!r:.80}")
@@ -260,11 +279,12 @@ def player_state(player: Player) -> dict[str, Any]:
     "Weights, optimizer, schedule, scaler and counters of a player."
     return {
         "modules": {name: unwrapped(module).state_dict() for name, module in player.modules.items()},
-        "losses": {t.name: t.fn.state_dict() for t in player.terms if isinstance(t.fn, nn.Module)},
+        "losses": {t.name: s for t in player.terms if isinstance(t.fn, nn.Module) and (s := t.fn.state_dict())},
         "optimizer": player.opt.state_dict(),
         "schedule": player.schedule.state_dict(),
         "scaler": player.scaler.state_dict() if player.scaler else {},
         "optimizer_class": type(player.opt).__name__,
+        "plan": repr(player.builder),
         "updates": player.updates,
         "weights": dict(player.weights),
         "every": player.every,
@@ -276,7 +296,7 @@ def load_player(player: Player, state: dict[str, Any]) -> None:
     for name, module in player.modules.items():
         unwrapped(module).load_state_dict(state["modules"][name])
     for term in player.terms:
-        if isinstance(term.fn, nn.Module):
+        if isinstance(term.fn, nn.Module) and term.name in state["losses"]:
             term.fn.load_state_dict(state["losses"][term.name])
     player.opt.load_state_dict(state["optimizer"])
     player.schedule.load_state_dict(state["schedule"])

@@ -13,6 +13,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from operator import is_
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -281,25 +282,39 @@ class BoundCurve(PlannedCurve):
         self.optimizer = optimizer
         self.update = 0  # optimizer updates made
         self.base_lrs: list[float] = []
+        self._written: tuple[float, list[float], list[Any]] = (math.nan, [], [])  # multiplier, base rates, rates
+        self._at, self._flat_from = -1, math.inf  # the update they were written for; where the curve is level
         if self.total is not None or not self.needs_total:
             self.apply()
 
     def apply(self) -> None:
         "Set every group's rate to its base rate times the multiplier; a group added meanwhile joins in."
-        multiplier = self.multiplier(self.update)
-        for group in self.optimizer.param_groups[len(self.base_lrs) :]:
+        multiplier, end = self.multiplier(self.update), math.inf if self._endless else self._known_total()
+        self._flat_from = self.warmup_updates if self.shape is constant else end
+        self._written = (math.nan, [], [])
+        self._write(multiplier)
+
+    def advance(self) -> None:
+        "Count one update that was made and set the rates of the next."
+        level = self._flat_from <= self.update == self._at
+        multiplier = self._written[0] if level else self.multiplier(self.update + 1)
+        self.update += 1
+        self._write(multiplier)
+
+    def _write(self, multiplier: float) -> None:
+        groups, (last, bases, rates) = self.optimizer.param_groups, self._written
+        self._at = self.update
+        if multiplier == last and self.base_lrs == bases and len(groups) == len(rates):
+            if all(map(is_, [group["lr"] for group in groups], rates)):
+                return
+        for group in groups[len(self.base_lrs) :]:
             self.base_lrs.append(float(group.setdefault("initial_lr", float(group["lr"]))))
-        for group, base in zip(self.optimizer.param_groups, self.base_lrs):
+        for group, base in zip(groups, self.base_lrs):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(base * multiplier)
             else:
                 group["lr"] = base * multiplier
-
-    def advance(self) -> None:
-        "Count one update that was made and set the rates of the next."
-        self.multiplier(self.update + 1)
-        self.update += 1
-        self.apply()
+        self._written = multiplier, [*self.base_lrs], [group["lr"] for group in groups]
 
     @property
     def lr(self) -> list[float]:
@@ -359,5 +374,6 @@ class Schedule(BoundCurve):
         checked = check_state(self, state)
         for key, value in checked.items():
             setattr(self, key, value)
+        self._at = -1
         if self.base_lrs:
             self.apply()

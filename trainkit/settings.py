@@ -10,6 +10,7 @@ __all__ = ['SECTIONS', 'KEYS', 'Found', 'as_text', 'Kind', 'choice', 'text', 'wh
 # %% ../nbs/00_settings.ipynb #29758c8c
 import configparser
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import SequenceMatcher
@@ -104,8 +105,8 @@ _own = empty("the optimizer's own")
 # %% ../nbs/00_settings.ipynb #3029e161
 @dataclass(frozen=True)
 class OptimizerSettings:
-    "Section `[optimizer]`: what `OptimBuilder` starts from."
-    name: str = key("adamw", text("one of torch's or a registered one"), "which optimizer")
+    "Section `[optimizer]`: the optimizer of a learner that is given no `opt`; an `opt` takes nothing from here."
+    name: str = key("adamw", text("one of torch's or a registered one"), "the optimizer when no opt is given")
     lr: float = key(1e-3, _rate, "learning rate")
     weight_decay: float | None = key(None, _rate | _own, "pull of the weights towards zero")
     betas: tuple[float, float] | None = key(None, pair(_share) | _own, "memory of Adam's two averages")
@@ -115,8 +116,8 @@ class OptimizerSettings:
 # %% ../nbs/00_settings.ipynb #4d6659a5
 @dataclass(frozen=True)
 class SchedulerSettings:
-    "Section `[scheduler]`: how the learning rate moves over the updates."
-    name: str = key("constant", text("constant, cosine … or a registered one"), "how the rate moves")
+    "Section `[scheduler]`: how that optimizer's learning rate moves over the updates."
+    name: str = key("constant", text("constant, cosine … or a registered one"), "how its rate moves")
     warmup: int | float = key(0, whole(0) | _share, "updates, or part of them all, until the full rate")
     total: int | None = key(None, whole(1) | empty("the fit's length"), "updates until the end of the schedule")
 
@@ -129,12 +130,12 @@ class Settings:
     channels_last: Literal["auto", "yes", "no"] = key("auto", _switch, "memory format of convolutional networks")
     batch_size: int = key(64, whole(1), "for tensors and datasets that come without a loader")
     seed: int | None = key(None, whole(0, 2**32 - 1) | empty("left alone"), "of all random generators")
-    runs: str = key("runs", text("a folder"), "where runs are kept, seen from the working directory")
+    runs: str = key("runs", text("a folder"), "where run='name' lies, a run given without a path")
     save_every: str | int = key("epoch", choice("epoch", "none") | whole(1), "automatic checkpoints, by epoch or steps")
     keep: int = key(3, whole(2), "how many checkpoints are kept beside the best")
     monitor: str = key("", text("a name as valid/loss, or empty: automatic", empty=True), "what the best is judged by")
     mode: Literal["auto", "min", "max"] = key("auto", choice("auto", "min", "max"), "whether low or high is best")
-    front: str = key("trainkit.ui.front:front", text("module:function, or none"), "what shows a run")
+    front: str = key("trainkit.ui.front:front", choice("none") | text("module:function"), "what shows a run")
     refresh: float = key(1.0, _positive, "seconds between two pictures")
     optimizer: OptimizerSettings = OptimizerSettings()
     scheduler: SchedulerSettings = SchedulerSettings()
@@ -145,6 +146,11 @@ class Settings:
         if (section, key) not in KEYS:
             raise KeyError(f"[{section}] {key}; nearest: {nearest(f'{section} {key}', map(' '.join, KEYS))[0]}")
         return self._sources.get((section, key), "default")
+
+    def blame(self, section: str, key: str) -> str:
+        "What to append to an error about a value: ` (settings: file [section] key)`; empty for a default or an argument."
+        source = self.source(section, key)
+        return "" if source in ("default", "argument") else f" (settings: {source} [{section}] {key})"
 
     def __repr__(self) -> str:
         rows = [(f"[{s}] {k}", as_text(v), self.source(s, k)) for s, k, v in _values(self)]
@@ -188,27 +194,40 @@ def _read(found: str, section: str, name: str, text: str) -> Any:
         raise SettingsError(f"{found}: [{section}] {name} received {text!r}; accepted: {kind.accepts}") from None
 
 # %% ../nbs/00_settings.ipynb #b5c032ec
-def _parse(path: Path) -> configparser.ConfigParser:
+def _ours(text: str) -> bool:
+    "Is a file of this text meant for trainkit?"
+    if sections := re.findall(r"^[ \t]*\[([^]\n]+)\]", text, re.MULTILINE):
+        alike = (SequenceMatcher(None, found.lower(), known).ratio() for found in sections for known in SECTIONS)
+        return any(ratio > 0.7 for ratio in alike)
+    keys = {re.split("[=:]", line)[0].strip().lower() for line in text.splitlines() if not re.match(r"\s*([#;]|$)", line)}
+    return bool(keys) and keys <= {name for _, name in KEYS}
+
+# %% ../nbs/00_settings.ipynb #d7ca8886
+def _text_of(path: Path) -> str | None:
+    "The text of a settings file, None when it is another program's."
+    try:
+        raw = path.read_bytes()
+        return raw.decode("utf-8-sig") if _ours(raw.decode("utf-8-sig", "replace")) else None
+    except (UnicodeDecodeError, OSError) as e:
+        raise SettingsError(f"{path}: not a settings file: {e}") from None
+
+def _parse(path: Path, text: str) -> configparser.ConfigParser:
     parser = configparser.ConfigParser(
         interpolation=None, default_section="", inline_comment_prefixes=("#", ";"), empty_lines_in_values=False)
     try:
-        parser.read_string(path.read_text(encoding="utf-8-sig"), source=str(path))
-    except (configparser.Error, UnicodeDecodeError, OSError) as e:
+        parser.read_string(text, source=str(path))
+    except configparser.Error as e:
         raise SettingsError(f"{path}: not a settings file: {e}") from None
     return parser
 
-def _ours(section: str) -> bool:
-    return any(SequenceMatcher(None, section.lower(), known).ratio() > 0.7 for known in SECTIONS)
-
-# %% ../nbs/00_settings.ipynb #ad592373
+# %% ../nbs/00_settings.ipynb #a52af0b8
 def find_settings(start: Path | None = None) -> tuple[Path, configparser.ConfigParser] | None:
     "The nearest `settings.ini` at or above `start` (the working directory) that is trainkit's, parsed."
     folder = Path(start or ".").absolute()
     for place in (folder, *folder.parents):
-        if (path := place / "settings.ini").is_file():
-            parser = _parse(path)
-            if not parser.sections() or any(map(_ours, parser.sections())):
-                return path, parser
+        path = place / "settings.ini"
+        if path.is_file() and (text := _text_of(path)) is not None:
+            return path, _parse(path, text)
     return None
 
 # %% ../nbs/00_settings.ipynb #080824fe
@@ -231,13 +250,17 @@ def _from_environment() -> Iterator[Found]:
         if name.startswith("TRAINKIT_") and name != "TRAINKIT_WHERE":
             yield (f"environment {name}", *_split(name.removeprefix("TRAINKIT_").lower()), value)
 
+_NONE = ("save_every", "front")  # keys that take `none`: as an argument, None says it
+
 def _from_arguments(given: Mapping[str, object]) -> Iterator[Found]:
-    return (("argument", *_split(name), as_text(value)) for name, value in given.items() if value is not None)
+    for name, value in given.items():
+        if value is not None or name in _NONE:
+            yield ("argument", *_split(name), "none" if value is None else as_text(value))
 
 # %% ../nbs/00_settings.ipynb #305333dd
 def load_settings(
     start: Path | None = None,  # where the search for settings.ini begins; the working directory
-    **overrides: object,  # values by key, those of other sections as optimizer_lr; None: not given
+    **overrides: object,  # by key, other sections' as optimizer_lr; None: not given, for save_every and front: none
 ) -> Settings:
     "The settings in force: `overrides` over `TRAINKIT_*` over the nearest `settings.ini` over the defaults."
     file = find_settings(start)

@@ -6,8 +6,11 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import itertools
+import re
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,8 @@ from .evaluate import Predict
 from .player import load_player, player_state
 
 # %% auto #0
-__all__ = ['RestoreError', 'State', 'groups_of', 'player_differences', 'Loadable', 'RunFolder', 'Restore', 'AutoSave']
+__all__ = ['MORE', 'LESS', 'AUTOMATIC', 'RestoreError', 'State', 'groups_of', 'player_differences', 'overruled', 'Loadable',
+           'RunFolder', 'best_mode', 'Restore', 'AutoSave']
 
 # %% ../nbs/24_state.ipynb #7a8ea63e
 class RestoreError(ValueError):
@@ -83,7 +87,15 @@ def player_differences(name: str, saved: dict[str, Any], now: dict[str, Any]) ->
         found.append(f"{name}: the optimizer had parameter groups of {a} tensors, now {b}")
     if (a := saved["schedule"].get("name")) != (b := now["schedule"].get("name")):
         found.append(f"{name}: the schedule was {a!r}, now {b!r}")
+    if (a := sorted(saved["weights"])) != (b := sorted(now["weights"])):
+        found.append(f"{name}: the terms with weights were {a}, now {b}")
     return found
+
+
+def overruled(name: str, saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    "What the checkpoint says otherwise than the code, where the checkpoint's word counts."
+    keys = {"plan": "optimizer plan", "every": "cadence (every)", "weights": "term weights"}
+    return [f"{name}: {what} {saved[k]} (the code says {now[k]})" for k, what in keys.items() if saved[k] != now[k]]
 
 
 class Loadable(State):
@@ -109,6 +121,9 @@ class Loadable(State):
         except BaseException as error:
             self._load(before)
             raise RestoreError(f"the state could not be loaded ({error}); everything is as it was") from error
+        others = [line for name, now in before["players"].items() for line in overruled(name, state["players"][name], now)]
+        if others:
+            warnings.warn("the checkpoint's settings are used: " + "; ".join(others), stacklevel=3)
 
 # %% ../nbs/24_state.ipynb #a6bf90ef
 class RunFolder(Loadable):
@@ -135,11 +150,35 @@ class RunFolder(Loadable):
                           "learn.restore('last') before fit.)", stacklevel=3)  # fmt: skip
 
 # %% ../nbs/24_state.ipynb #29bed572
+MORE = {"acc", "accuracy", "auc", "auroc", "score", "psnr", "ssim", "sdr", "snr", "f1", "iou", "dice", "precision", "recall", "r2",
+        "corr", "map", "ndcg", "bleu", "kappa", "mcc", "stoi", "pesq", "jaccard", "top1", "top5"}  # fmt: skip
+LESS = {"loss", "error", "err", "mse", "mae", "rmse", "mape", "wape", "smape", "nll", "perplexity", "fid", "kid", "distance", "huber"}
+
+
+def best_mode(monitor: str) -> str:
+    "Whether 'min' or 'max' of a series is best, by the words of its name; '' when they don't tell."
+    words = re.split(r"[^a-z0-9]+", monitor.rsplit("/", 1)[-1].lower())
+    return "min" if LESS & {*words} else "max" if MORE & {*words} else ""
+
+# %% ../nbs/24_state.ipynb #ba2bb906
+AUTOMATIC = ("valid/score", "valid/loss", "train/loss")  # what best means when nobody says it
+
+
 class Restore(RunFolder):
     "Saves and restores."
 
-    monitor: str = ""  # the history's name that says which checkpoint is best
-    mode: str = "min"
+    monitor: str = ""  # the history's name that says which checkpoint is best; empty: the first of `AUTOMATIC` there is
+    mode: str = ""  # "min" or "max"; empty: by the name
+    _missed: bool = False  # it has been said that nobody records what is monitored
+
+    def _monitored(self, names: Iterable[str]) -> str:
+        "The name to look at, among those that are recorded."
+        if self.monitor and self.monitor not in names and not self._missed and any(n.startswith("valid") for n in names):
+            self._missed = True
+            near = difflib.get_close_matches(self.monitor, [*names], 3, 0.3)
+            warnings.warn(f"monitor={self.monitor!r} is not recorded, so no checkpoint is the best one; recorded are: "
+                          f"{', '.join(near or names)}", stacklevel=4)  # fmt: skip
+        return self.monitor or next((name for name in AUTOMATIC if name in names), "")
 
     def save(self, note: str = "", pin: bool = False) -> Entry:
         "Write a checkpoint of the present state into the run's folder; returns its entry."
@@ -149,8 +188,9 @@ class Restore(RunFolder):
         self._own_run()
         last = {name: (int(steps[-1]), float(values[-1])) for name, (steps, values) in self.history.scalars.items()}
         metrics = {name: value for name, (_, value) in last.items()}
-        score = metrics[self.monitor] if last.get(self.monitor, (-1,))[0] == self.step else None
-        info = {"epoch": self.epoch, "metrics": metrics, "score": score, "mode": self.mode, "note": note, "pinned": pin}
+        name = self._monitored(last)
+        score = metrics[name] if last.get(name, (-1,))[0] == self.step else None
+        info = {"epoch": self.epoch, "metrics": metrics, "score": score, "mode": self.mode or best_mode(name), "note": note, "pinned": pin}
         entry = self._store().save(self.state_dict(), self.step, info)
         self.history.mark("checkpoint", self.step, note, id=entry.id)
         self.history.flush()
@@ -186,16 +226,23 @@ class AutoSave(Callback):
         self.saved = -1
 
     def after_batch(self, learn: Any) -> None:
-        if self.every != "epoch" and learn.step % int(self.every) == 0:
+        if self._due(learn) and not (learn.owed or learn.stream.at_end):
+            self._save(learn)
+
+    def after_validate(self, learn: Any) -> None:
+        if self._due(learn) and learn.owed and not learn.stream.at_end:
             self._save(learn)
 
     def after_epoch(self, learn: Any) -> None:
-        if self.every == "epoch":
+        if self.every == "epoch" or self._due(learn):
             self._save(learn)
 
     def cleanup_fit(self, learn: Any) -> None:
-        if learn.state != "failed" and not learn.torn and learn.step > learn.fit_start:
+        if learn.state != "failed" and not learn.broken and learn.step > learn.fit_start:
             self._save(learn)
+
+    def _due(self, learn: Any) -> bool:
+        return self.every != "epoch" and learn.step % int(self.every) == 0
 
     def _save(self, learn: Restore) -> None:
         if learn.step != self.saved:

@@ -17,7 +17,7 @@ from ..learner import Learner
 from ..player import Player, Term, as_terms, freeze, thaw
 
 # %% auto #0
-__all__ = ['Round', 'call', 'latent_of', 'GANData', 'GANSteps', 'adversarial', 'Sampling', 'GANLearner', 'is_per_player',
+__all__ = ['Round', 'call', 'latent_of', 'GANData', 'GANSteps', 'adversarial', 'Sampling', 'GANLearner', 'per_player',
            'check_gan', 'labels_for']
 
 # %% ../../nbs/44_gan_learner.ipynb #75c8c1f1
@@ -83,6 +83,12 @@ class GANSteps(GANData):
     needs_real: bool  # the generator's loss looks at the real logits, too (relativistic losses)
     _kept: tuple[int, Tensor, Tensor | None] | None = None
 
+    def _turns(self) -> None:
+        try:
+            super()._turns()
+        finally:
+            self._kept = None
+
     def discriminator_step(self, learn: Any, batch: Any) -> dict[str, Tensor]:
         "D on real and on fake; no gradient reaches the generator."
         real, labels = self.real_of(batch)
@@ -107,7 +113,6 @@ class GANSteps(GANData):
             _, fake, fake_labels = self._kept
         else:
             fake, fake_labels = self.fake_of(len(real), labels)
-        self._kept = None
         r = Round(self.generator, self.discriminator, real, fake, labels, fake_labels)
         r.fake_logits = call(self.discriminator, fake, fake_labels)
         if self.needs_real:
@@ -116,11 +121,12 @@ class GANSteps(GANData):
         return {term.name: term.fn(r) for term in self.players[1].terms}
 
 # %% ../../nbs/44_gan_learner.ipynb #fe44ad6f
-def adversarial(loss: Any, extra: Any, penalties: Iterable[Any] = (), discriminator: bool = False) -> list[Term]:
+def adversarial(loss: Any, extra: Any, penalties: Any = (), discriminator: bool = False) -> list[Term]:
     "The terms of one side; each takes a `Round`."
     def on_round(r: Round) -> Tensor:
         return loss.discriminator(r.real_logits, r.fake_logits) if discriminator else loss.generator(r.fake_logits, r.real_logits)
 
+    penalties = [penalties] if callable(penalties) else penalties
     terms = [Term(p.name, lambda r, p=p: p(r.discriminator, r.real, r.fake, r.real_labels)) for p in penalties]
     terms += as_terms(extra) if extra else []
     return [Term("adversarial" if terms else "loss", on_round), *terms]
@@ -139,6 +145,15 @@ class Sampling(GANSteps):
             torch.manual_seed(seed)
             wanted = None if self.labels == "none" else labels_for(labels, n, self.num_classes, self.device)
             return call(self.generator, self.latent(n, self.device), wanted).float().cpu()
+
+    def position(self) -> dict[str, Any]:
+        "Where the training is, and where the samples' random numbers are."
+        return {**super().position(), "draws": self._draws.get_state()}
+
+    def go_to(self, position: dict[str, Any]) -> None:
+        "Take up a `position`."
+        super().go_to(position)
+        self._draws.set_state(position["draws"])
 
     def sample_fixed(self, n: int | None = None) -> Tensor:
         "Fakes for the same noise (and the labels 0, 1, 2 … in turn) at every call: what a sample grid shows."
@@ -166,7 +181,7 @@ class GANLearner(Sampling):
         *,
         n_critic: int = 1,  # the generator moves in each n_critic-th batch
         n_gen: int = 1,  # the discriminator moves in each n_gen-th batch
-        penalties: Iterable[Any] = (),  # of the discriminator (see gan.penalties)
+        penalties: Any = (),  # one or more, of the discriminator (see gan.penalties)
         generator_terms: Any = None,  # more terms for the generator: name -> fn(round) or (fn, weight)
         discriminator_terms: Any = None,  # more terms for the discriminator
         labels: str = "none",  # "none", "dataset": fakes for the batch's labels; "sampled": for labels drawn at random
@@ -177,7 +192,7 @@ class GANLearner(Sampling):
         **learner: Any,  # anything else a Learner takes: cbs, run, metrics, device, seed …
     ):
         check_gan(n_critic, n_gen, labels, num_classes or getattr(generator, "num_classes", 0))
-        loss, opts = get_loss(loss), opt if is_per_player(opt) else {"generator": opt, "discriminator": opt}
+        loss, opts = get_loss(loss), per_player(opt)
         self.generator, self.discriminator = generator, discriminator
         self.needs_real = getattr(loss, "needs_real", False)
         self.labels, self.num_classes = labels, num_classes or getattr(generator, "num_classes", 0)
@@ -190,9 +205,12 @@ class GANLearner(Sampling):
         self._draws = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
 
 # %% ../../nbs/44_gan_learner.ipynb #c6c6713b
-def is_per_player(opt: Any) -> bool:
-    "Does `opt` say something for each of the two players?"
-    return isinstance(opt, Mapping) and set(opt) == {"generator", "discriminator"}
+def per_player(opt: Any) -> dict[str, Any]:
+    "What `opt` says for each of the two players; None takes the settings'."
+    names = ("generator", "discriminator")
+    if isinstance(opt, Mapping) and opt and set(opt) <= set(names):
+        return {name: opt.get(name) for name in names}
+    return dict.fromkeys(names, opt)
 
 
 def check_gan(n_critic: int, n_gen: int, labels: str, num_classes: int) -> None:
