@@ -45,6 +45,7 @@ class Run:
                 if self.step == at:
                     if isinstance(end, BaseException): raise end
                     self.state = end
+                    self.history.mark(end, self.step)
                     return
             self._validate()
             self.epoch, self.batch_idx = self.epoch + 1, 0

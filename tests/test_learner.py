@@ -964,8 +964,10 @@ def test_a_bare_run_name_lies_with_the_other_runs(tmp_path, monkeypatch):
     assert learner(run="digits", runs="kept").run.as_posix() == "kept/digits"
 
 
-@pytest.mark.parametrize("name,message", [("metric", "did you mean metrics"), ("callbacks", "did you mean cbs"),
-                                          ("lr", r"OptimBuilder\(…, lr=…\)"), ("devise", "device"), ("xyz", "accepted: model")])  # fmt: skip
+@pytest.mark.parametrize("name,message", [
+    ("metric", "did you mean metrics"), ("callbacks", "did you mean cbs"), ("lr", r"OptimBuilder\(…, lr=…\)"),
+    ("devise", "device"), ("xyz", "accepted: model"),
+])  # fmt: skip
 def test_a_misspelt_argument(name, message):
     with pytest.raises(TypeError, match=message):
         learner(**{name: 1})
@@ -1108,7 +1110,8 @@ def test_front_that_is_missing_is_said_once():
 
 @pytest.mark.parametrize("args,message", [
     (("resnet",), "received str"), ((nn.Linear(1, 1), None, 3), "a loss is a name"),
-    ((nn.Linear(1, 1), None, nn.MSELoss), r"pass an instance: MSELoss\(\)"), ((nn.Linear(1, 1), None, nn.Linear(1, 1)), "no player would train"),
+    ((nn.Linear(1, 1), None, nn.MSELoss), r"pass an instance: MSELoss\(\)"),
+    ((nn.Linear(1, 1), None, nn.Linear(1, 1)), "no player would train"),
     (([Player("a", nn.Linear(1, 1)), Player("a", nn.Linear(1, 1))],), "distinct names"),
 ])  # fmt: skip
 def test_bad_construction(args, message):

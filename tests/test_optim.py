@@ -336,7 +336,8 @@ def test_parameters_that_do_not_go_are_named(params, plan, message):
         ({"name": "adamm"}, "unknown optimizer 'adamm'; accepted (nearest first): adam"),
         ({"name": "LBFGS"}, "optimizer 'lbfgs' must evaluate the loss several times per step, through a closure"),
         ({"name": torch.optim.LBFGS}, "through a closure"),
-        ({"name": 3}, "given as a class or a function of its parameters; received 3"),
+        ({"name": 3}, "an optimizer is given as a name, an Optimizer class, a function of parameters that makes one, a dict with 'name', "
+         "or an OptimBuilder; received int 3"),
         ({"name": "torch.optim.Nothing"}, "'torch.optim.Nothing' can't be found"),
         ({"name": "adam", "beta": 0.5}, "adam: unknown option 'beta'; accepted (nearest first): betas"),
         ({"name": "sgd", "momentum": "0.9"}, "sgd: momentum must be a number >= 0; received '0.9'"),
@@ -448,9 +449,27 @@ def test_as_builder_takes_whatever_describes_one():
     assert all(as_builder(x) == adam for x in ("Adam", torch.optim.Adam, {"name": "adam"}, adam))
     assert as_builder(adam) is adam and as_builder(None) == OptimBuilder() and as_builder({"lr": 1.0}).lr == 1.0
     assert as_builder(a_factory).build(network()).param_groups[0]["betas"] == (0.5, 0.9)
-    for bad in 3, torch.optim.SGD([torch.zeros(1)]):
-        with pytest.raises(TypeError, match="given as a class or a function"):
-            as_builder(bad)
+
+
+@pytest.mark.parametrize("bad, received", [
+    (3, "int 3"), (True, "bool True"), (1e-3, "float 0.001"), (("adam", {}), "tuple ('adam', {})"),
+    ([torch.zeros(1)], "list [tensor([0.])]"), (nn.MSELoss, "the class MSELoss"), (nn.MSELoss(), "MSELoss MSELoss()"),
+    (functools.partial(nn.MSELoss, reduction="sum"), "the class MSELoss"), ("torch.nn.MSELoss", "the class MSELoss"),
+    ("os.sep", "str '/'"), (torch.optim.lr_scheduler.StepLR, "the class StepLR"), (torch.zeros(1), "Tensor tensor([0.])"),
+])  # fmt: skip
+def test_what_makes_no_optimizer_is_refused_with_what_is_accepted(bad, received):
+    accepted = "an optimizer is given as a name, an Optimizer class, a function of parameters that makes one, a dict with 'name'"
+    with pytest.raises(TypeError, match=re.escape(f"{accepted}, or an OptimBuilder; received {received}")):
+        as_builder(bad)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_an_optimizer_that_is_made_is_refused_with_what_to_pass(name):
+    made = TORCH[name]([nn.Parameter(torch.zeros(1))])
+    cls = type(made).__name__
+    say = f"already made, of class {cls}: pass the class ({cls}), or a builder with its options (OptimBuilder({cls}, lr=…))"
+    with pytest.raises(TypeError, match=re.escape(say) + ".*once modules are on their device"):
+        as_builder(made)
 
 
 # ---------------------------------------------------------------- registry and factories

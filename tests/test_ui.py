@@ -19,7 +19,7 @@ from trainkit.history import History
 from trainkit.ui import front as front_module
 from trainkit.ui import plots, progress
 from trainkit.ui.front import front
-from trainkit.ui.plots import Curves, Plot, decimate, moving_average, plot_history, trend, view_limits
+from trainkit.ui.plots import Curves, Plot, decimate, local_lines, plot_history, trend, view_limits
 from trainkit.ui.progress import LogPlace, NotebookPlace, Progress, Status, Table, TerminalPlace
 from trainkit.ui.samples import Samples, compare, comparison_grid, sample_grid, to_uint8, watching
 from trainkit.ui.view import Budget, View, quietly
@@ -52,21 +52,81 @@ def test_decimated_points_stay_while_the_run_grows(n, more):
     assert {s for s in before if s < whole} <= after
 
 
-@given(hnp.arrays(np.float64, st.integers(1, 60), elements=values_or_nan), st.floats(0, 0.99))
+@given(hnp.arrays(np.float64, st.integers(5, 60), elements=st.floats(-10, 10) | st.just(math.nan)),
+       st.floats(0.3, 0.99), st.integers(0, 2**32))
 @settings(max_examples=60, deadline=None)
-def test_moving_average_is_the_weighted_mean(values, weight):
-    known = np.isfinite(values)
-    distance = np.abs(np.subtract.outer(np.arange(len(values)), np.arange(len(values))))
-    kernel = np.where(known, np.where(distance == 0, 1.0, weight**distance), 0.0)
-    expected = np.where(known, (kernel * np.where(known, values, 0)).sum(1) / np.maximum(kernel.sum(1), 1e-300), np.nan)
-    np.testing.assert_allclose(moving_average(values, weight), expected, rtol=1e-6, atol=1e-4)
+def test_local_lines_are_weighted_least_squares(values, weight, seed):
+    "By numpy's polyfit at every point, on uneven steps with uneven masses."
+    rng, known = np.random.default_rng(seed), np.isfinite(values)
+    n = len(values)
+    x, mass = rng.integers(1, 9, n).cumsum() + 1e5, rng.integers(1, 9, n).astype(float)
+    if known.sum() < 2: return
+    got = local_lines(x, values, mass, weight)
+    np.testing.assert_array_equal(np.isnan(got), ~known)
+    for i in known.nonzero()[0]:
+        w = (mass * weight ** np.abs(np.arange(n) - i))[known]
+        if np.sort(w)[-2] < 1e-4 * w.max(): continue  # no neighbours to speak of
+        line = np.polyfit(x[known] - x[i], values[known], 1, w=np.sqrt(w))[1]
+        np.testing.assert_allclose(got[i], np.clip(line, np.nanmin(values), np.nanmax(values)), rtol=1e-4, atol=1e-4)
 
 
-def test_trend_of_a_long_curve_keeps_its_mean_and_forgets_nan():
-    values = np.where(np.arange(100_000) == 500, np.nan, 2.0)
-    x, y = trend(np.arange(100_000), values)
-    assert len(x) <= 400 and x[-1] == 99_999
-    np.testing.assert_allclose(y, 2.0)
+@pytest.mark.parametrize("n, every", [(64, 1), (1000, 1), (2003, 5), (100_000, 1)])
+@pytest.mark.parametrize("first, last", [(0.7, 2.1), (2.0, 2.0), (3.0, -1.0)])
+def test_trend_of_a_straight_line_is_that_line_to_its_ends(n, every, first, last):
+    steps = 1 + every * np.arange(n)
+    def line(x): return first + (last - first) * (x - 1) / (steps[-1] - 1)
+
+    for forgotten in ([], [n // 2], [0, 1, n - 1]):
+        values = line(steps)
+        values[forgotten] = math.nan
+        x, y = trend(steps, values)
+        assert len(x) <= 400 and steps[0] <= x[0] and x[-1] <= steps[-1] and (np.diff(x) > 0).all()
+        np.testing.assert_allclose(y[np.isfinite(y)], line(x[np.isfinite(y)]), atol=1e-9)
+        assert np.isnan(y).sum() == (len(forgotten) if n <= 400 else 0)
+
+
+def test_trend_reduces_noise_also_at_the_ends():
+    rng, steps = np.random.default_rng(0), np.arange(300)
+    off = np.stack([trend(steps, 0.01 * steps + rng.normal(size=300))[1] - 0.01 * steps for _ in range(300)])
+    spread = off.std(0)
+    assert np.abs(off.mean(0)).max() < 0.1 and spread[50:250].max() < 0.25 and spread.max() < 0.5
+
+
+def test_trend_gives_an_open_stretch_the_weight_of_its_values():
+    "401 values are 200 stretches of two and one of one: this one must not count double."
+    steps, values = np.arange(401), np.zeros(401)
+    values[-1] = 1.0
+    twice = np.append(values, 1.0)
+    assert trend(steps, values)[1][-1] < trend(np.arange(402), twice)[1][-1] - 0.05
+
+
+def test_trend_stays_inside_of_the_values_and_so_positive():
+    values = np.where(np.arange(100) < 3, 10.0, 0.01)
+    assert trend(np.arange(100), values)[1].min() >= 0.01
+
+
+# ---- one number for one thing
+
+def test_bar_and_legend_show_the_same_number(monkeypatch):
+    run, rng = Run(), np.random.default_rng(0)
+    for step in range(1, 101):
+        for player in ("discriminator", "generator"): run.history.add(f"train/{player}/loss", rng.normal(), step)
+    run.history.add("valid/fid", 12.0, 50)
+    run.history.add("valid/fid", 9.0, 100)
+    plot, s = Plot(), progress.status_of(run, 1.0, 1.0, None)
+    plot.update(run.history.snapshot())
+    legends = [[t.get_text() for t in panel.legend.get_texts()] for panel, _ in plot.panels]
+    assert " · ".join(legends[0]) == progress.losses(s)
+    assert legends[1] == ["valid 9.000"]
+    values = run.history.scalars["train/generator/loss"][1]
+    assert s.losses["generator"] == pytest.approx(values[-20:].mean())
+
+
+def test_a_loss_of_a_player_that_seldom_has_its_turn_is_a_mean_as_well():
+    steps, values = np.arange(0, 5000, 100), np.arange(50.0)
+    assert progress.recent("train/generator/loss", steps, values) == 39.5
+    assert progress.recent("train/accuracy", steps, values) == 49.0
+    assert math.isnan(progress.recent("train/loss", steps, np.append(values[:-1], math.nan)))  # not hidden
 
 
 @given(hnp.arrays(np.float64, st.integers(0, 200), elements=st.floats()), st.booleans())
@@ -100,7 +160,8 @@ def test_figure_shows_the_data_and_reuses_its_artists():
     assert [(c.raw, c.line) for c in plot.panels[0][0].curves] == artists
     assert panel.curves[0].raw.get_ydata()[-1] == 9.0
     assert len(lines.epochs.get_segments()) == 1
-    assert [t.get_text() for t in panel.legend.get_texts()] == ["generator 9.000", "discriminator 1.000"]
+    newest = np.append(1 / np.arange(182, 201), 9.0).mean()
+    assert [t.get_text() for t in panel.legend.get_texts()] == [f"generator {newest:.4f}", "discriminator 1.000"]
 
 
 def test_live_figure_never_changes_its_size():
@@ -132,6 +193,74 @@ def test_odd_values_can_be_drawn(values, log):
         plot = Plot(log=log)
         plot.update(history.snapshot())
         assert plot.pixels().shape == (280, 900, 3)
+
+
+def test_learning_rates_share_a_curve_until_they_differ():
+    history, plot = record(lr__discriminator=lambda s: 1 / s, lr__generator=lambda s: 1 / s), Plot()
+    def legend(): return [t.get_text() for t in plot.panels[1][0].legend.get_texts()]
+
+    plot.update(history.snapshot())
+    assert legend() == ["discriminator, generator 0.005000"]
+    history.add("lr/generator", 0.5, 201)
+    plot.update(history.snapshot())
+    assert legend() == ["discriminator 0.005000", "generator 0.5000"]
+    of_losses, of_rates = ({c.name.split("/")[1]: c.line.get_color() for c in p.curves} for p, _ in plot.panels)
+    assert of_losses == of_rates  # a player has one colour
+
+
+@pytest.mark.parametrize("panels", [1, 2, 3])
+@pytest.mark.parametrize("players", [["generator"], ["discriminator", "generator"], ["a", "b"], ["a", "b", "c"],
+                                     ["generator_of_faces", "discriminator"]])
+def test_legend_covers_neither_title_nor_neighbour(panels, players):
+    history, plot = History(), Plot()
+    for step in range(1, 40):
+        for k, player in enumerate(players, 1):
+            history.add(f"train/{player}/loss", -1.2345678e-5 * k, step)
+            if panels > 1: history.add(f"lr/{player}", 0.0001551234 * k + 1e-9 * step, step)
+        if panels > 2: history.add("valid/score", -1.2345678e-5 * step, step)
+    plot.update(history.snapshot())
+    plot.pixels()
+    renderer, inches = plot.canvas.get_renderer(), plot.figure.bbox
+    assert len(plot.panels) == panels
+    for panel, _ in plot.panels:
+        title = next(t for t in panel.ax.findobj() if getattr(t, "get_text", str)() == panel.ax.get_title(loc="left"))
+        legend = panel.legend.get_window_extent(renderer)
+        assert not legend.overlaps(title.get_window_extent(renderer))
+        assert legend.x1 <= inches.x1 and legend.y1 <= inches.y1 and legend.x0 > panel.ax.bbox.x0
+
+
+# ---- marks
+
+def names_of(lines):
+    "What stands in the picture: (step, name, side)."
+    return [(t.get_position()[0], t.get_text(), t.get_ha()) for t in lines._texts]
+
+
+def test_marks_have_names_that_can_be_read():
+    history, plot = record(), Plot()
+    for kind, step in [("interrupted", 3), ("checkpoint", 100), ("stopped", 150), ("checkpoint", 200), ("interrupted", 200)]:
+        history.mark(kind, step)
+    plot.update(history.snapshot())
+    first, second = plot.panels[0][1], [lines for _, lines in plot.panels[1:]]
+    assert names_of(first) == [(3, "interrupted", "left"), (100, "checkpoint", "right"), (150, "stopped", "right"),
+                               (200, "checkpoint, interrupted", "right")]
+    assert all(names_of(lines) == [] for lines in second)
+    plot.pixels()
+    assert all(plot.panels[0][0].ax.bbox.overlaps(t.get_window_extent()) for t in first._texts)
+    for step in range(201, 400): history.add("train/generator/loss", 1.0, step)
+    plot.update(history.snapshot())
+    assert [step for step, *_ in names_of(first)] == [3, 100, 150, 200]
+
+
+@pytest.mark.parametrize("end", ["stopped", "interrupted"])
+def test_a_stop_leaves_its_mark_on_the_still_picture(monkeypatch, tmp_path, end):
+    drawn, update = [], Plot.update
+    monkeypatch.setattr(Plot, "update", lambda self, snapshot: (drawn.append(self), update(self, snapshot))[1])
+    run = Run(Curves(), run=tmp_path)
+    run.fit(2, end=end, at=15)
+    assert names_of(drawn[-1].panels[0][1]) == [(15, end, "right")]
+    run.fit(1)  # goes on
+    assert names_of(drawn[-1].panels[0][1]) == [(15, end, "right")]
 
 
 def test_no_pyplot():

@@ -35,8 +35,8 @@ from .settings import KEYS, Settings, load_settings
 from .state import AutoSave, Restore, best_mode
 
 # %% auto #0
-__all__ = ['SYNONYMS', 'Turns', 'Move', 'Target', 'count', 'Loop', 'Stoppable', 'two_stage_interrupt', 'plan_schedules', 'Plan',
-           'Running', 'Fit', 'as_players', 'Steps', 'Placed', 'Shown', 'check_keywords', 'Learner']
+__all__ = ['SYNONYMS', 'Turns', 'Move', 'Target', 'count', 'Marks', 'Loop', 'Stoppable', 'two_stage_interrupt', 'plan_schedules',
+           'Plan', 'Running', 'Fit', 'as_players', 'Steps', 'Placed', 'Shown', 'check_keywords', 'Learner']
 
 # %% ../nbs/25_learner.ipynb #16623574
 class Turns(Restore):
@@ -148,14 +148,25 @@ class _Pause(Cancel):
     "Between two steps: the fit ends here for now, the epoch stays open."
 
 
-class Loop(Move):
-    "Epochs of batches until the target is reached."
+class Marks(Move):
+    "Where in the loop one is, between two steps."
 
     target: Target = Target()
     drawn: bool = False  # the open epoch's batches are done, its validation isn't
     owed: bool = False  # a validation belongs to this step and isn't done
     broken: bool = False  # an interrupt or an error struck inside a batch
     _stopping: str | None = None  # "stopped" or "interrupted", once asked for
+
+    def _complete(self) -> bool:
+        return self.target.reached(self.epoch, self.step) and not (self.owed or self.drawn)
+
+    def _after_round(self) -> None:
+        every = self.target.validate_every
+        self.owed = bool(self.loaders.valid and every and self.step % every == 0)
+
+# %% ../nbs/25_learner.ipynb #01be059c
+class Loop(Marks):
+    "Epochs of batches until the target is reached."
 
     def _loop(self) -> None:
         idle = 0
@@ -167,9 +178,6 @@ class Loop(Move):
             idle = idle + 1 if self.step == step and self.target.step else 0
             if idle == 100:
                 raise RuntimeError("100 epochs in a row were cancelled, no step was made, and fit(steps=…) waits for steps")
-
-    def _complete(self) -> bool:
-        return self.target.reached(self.epoch, self.step) and not (self.owed or self.drawn)
 
     def _epoch(self) -> None:
         if self.owed:
@@ -204,10 +212,6 @@ class Stoppable(Loop):
     "Ends between two steps when asked."
 
     _fitting: bool = False
-
-    def _after_round(self) -> None:
-        every = self.target.validate_every
-        self.owed = bool(self.loaders.valid and every and self.step % every == 0)
 
     def stop(self) -> None:
         "End the running fit at the next step; safe from any thread, a callback, a signal. `fit()` goes on from there."
@@ -283,7 +287,8 @@ def plan_schedules(
             if turns:
                 todo.append((player, schedule.set_total, schedule.update + turns))
         elif turns and beyond in ("restart", "stretch"):
-            todo.append((player, *((schedule.restart, turns) if beyond == "restart" else (schedule.stretch, schedule.update + turns))))
+            again = beyond == "restart"
+            todo.append((player, schedule.restart if again else schedule.stretch, turns if again else schedule.update + turns))
         elif turns and beyond is None:
             if schedule.update + turns > schedule.total:
                 raise ValueError(
@@ -547,7 +552,8 @@ class Shown(Placed):
                              "validation loader")  # fmt: skip
         super()._prepare(target)
         if len(self.metrics) and not self.loaders.valid:
-            warnings.warn("metrics are computed on validation loaders, and this learner has none: dls=(train, valid)", stacklevel=4)
+            warnings.warn("metrics are computed on validation loaders, and this learner has none: dls=(train, valid)",
+                          stacklevel=4)  # fmt: skip
         self._own_run()
         self._attach_front()
 
@@ -564,7 +570,8 @@ SYNONYMS = {"metric": "metrics", "callbacks": "cbs", "callback": "cbs", "lr": "o
 def check_keywords(cls: type, given: Iterable[str]) -> None:
     "TypeError for keyword arguments that are neither a learner's own nor keys of the settings."
     own = [name for c in cls.__mro__ if "__init__" in vars(c) for name in inspect.signature(c).parameters]
-    known = [*dict.fromkeys(name for name in [*own, *(key for section, key in KEYS if section == "trainkit")] if name != "settings")]
+    keys = [key for section, key in KEYS if section == "trainkit"]
+    known = [name for name in dict.fromkeys([*own, *keys]) if name not in ("settings", "learner")]
     for name in given:
         if name not in known and not name.startswith(("optimizer_", "scheduler_")):
             near = [SYNONYMS[name]] if name in SYNONYMS else difflib.get_close_matches(name, known, 3)

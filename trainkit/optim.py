@@ -20,11 +20,11 @@ from .schedule import Curve, Schedule, find_scheduler, locate, path_of, register
 from .schedule import register_scheduler as register_scheduler  # people look for it here, too
 
 # %% auto #0
-__all__ = ['LIMITS', 'Named', 'HOW', 'torch_optimizers', 'register_optimizer', 'needs_closure', 'refuse_closure',
-           'find_optimizer', 'check_value', 'keywords', 'check_options', 'named', 'label', 'trainable', 'groups_of',
-           'check_disjoint', 'by_pattern', 'divide', 'fused_devices', 'can_fuse', 'has_kernel', 'align_gradients',
-           'keep_how', 'align_state', 'split_factory', 'split_schedule', 'check_rule', 'OptimPlan', 'plain',
-           'WritablePlan', 'for_factory', 'adopt', 'reason', 'OptimBuilder', 'as_builder']
+__all__ = ['OPTIMIZERS', 'LIMITS', 'Named', 'HOW', 'torch_optimizers', 'register_optimizer', 'needs_closure', 'refuse_closure',
+           'refuse_other', 'find_optimizer', 'check_value', 'keywords', 'check_options', 'named', 'label', 'trainable',
+           'groups_of', 'check_disjoint', 'by_pattern', 'divide', 'fused_devices', 'can_fuse', 'has_kernel',
+           'align_gradients', 'keep_how', 'align_state', 'split_factory', 'split_schedule', 'check_rule', 'OptimPlan',
+           'plain', 'WritablePlan', 'for_factory', 'adopt', 'reason', 'OptimBuilder', 'as_builder']
 
 # %% ../nbs/14_optim.ipynb #0a438712
 def torch_optimizers() -> dict[str, type[Optimizer]]:
@@ -61,6 +61,21 @@ def refuse_closure(name: str, factory: object) -> None:
                          "here is one forward, one backward and one step. Take any other, adamw for example")  # fmt: skip
 
 # %% ../nbs/14_optim.ipynb #1c443e09
+OPTIMIZERS = "a name, an Optimizer class, a function of parameters that makes one, a dict with 'name', or an OptimBuilder"
+
+
+def refuse_other(kind: Any) -> None:
+    "TypeError for what neither names nor makes an optimizer."
+    if isinstance(kind, Optimizer):
+        made = type(kind).__name__
+        raise TypeError(f"received an optimizer that is already made, of class {made}: pass the class ({made}), or a builder with "
+                        f"its options (OptimBuilder({made}, lr=…)); the learner builds it once modules are on their device")  # fmt: skip
+    stranger = not issubclass(kind, Optimizer) if isinstance(kind, type) else isinstance(kind, nn.Module) or not callable(kind)
+    if stranger and not isinstance(kind, str):
+        what = f"the class {kind.__name__}" if isinstance(kind, type) else f"{type(kind).__name__} {kind!r:.60}"
+        raise TypeError(f"an optimizer is given as {OPTIMIZERS}; received {what}")
+
+# %% ../nbs/14_optim.ipynb #70ac0846
 def find_optimizer(
     kind: str | Callable[..., Optimizer],  # a name, a dotted path, an Optimizer class, or a function that makes one
 ) -> tuple[str, Callable[..., Optimizer]]:
@@ -74,8 +89,7 @@ def find_optimizer(
         name, factory = kind, locate(kind)
     else:
         name, factory = next((k for k, v in known.items() if v is kind), path_of(kind)), kind
-    if isinstance(factory, Optimizer) or not callable(factory):
-        raise TypeError(f"an optimizer is named, or given as a class or a function of its parameters; received {kind!r}")
+    refuse_other(factory)
     refuse_closure(name, factory)
     return name, factory
 
@@ -466,7 +480,7 @@ class OptimBuilder(WritablePlan):
 def as_builder(
     plan: str | Callable[..., Optimizer] | Mapping[str, Any] | OptimBuilder | None,  # what describes an optimizer
 ) -> OptimBuilder:
-    "A builder from a name, a class, a factory, a dictionary, None (the default) or a builder."
+    "A builder from a name, a class, a factory, a dictionary, None (the default) or a builder; TypeError for all else."
     if isinstance(plan, OptimBuilder):
         return plan
     if isinstance(plan, Mapping):

@@ -26,7 +26,7 @@ from .player import load_player, player_state
 
 # %% auto #0
 __all__ = ['MORE', 'LESS', 'AUTOMATIC', 'RestoreError', 'State', 'groups_of', 'player_differences', 'overruled', 'Loadable',
-           'RunFolder', 'best_mode', 'Restore', 'AutoSave']
+           'RunFolder', 'best_mode', 'Scored', 'Restore', 'AutoSave']
 
 # %% ../nbs/24_state.ipynb #7a8ea63e
 class RestoreError(ValueError):
@@ -97,7 +97,7 @@ def overruled(name: str, saved: dict[str, Any], now: dict[str, Any]) -> list[str
     keys = {"plan": "optimizer plan", "every": "cadence (every)", "weights": "term weights"}
     return [f"{name}: {what} {saved[k]} (the code says {now[k]})" for k, what in keys.items() if saved[k] != now[k]]
 
-
+# %% ../nbs/24_state.ipynb #3481f4cd
 class Loadable(State):
     "Takes a state back, or refuses it whole."
 
@@ -150,9 +150,9 @@ class RunFolder(Loadable):
                           "learn.restore('last') before fit.)", stacklevel=3)  # fmt: skip
 
 # %% ../nbs/24_state.ipynb #29bed572
-MORE = {"acc", "accuracy", "auc", "auroc", "score", "psnr", "ssim", "sdr", "snr", "f1", "iou", "dice", "precision", "recall", "r2",
-        "corr", "map", "ndcg", "bleu", "kappa", "mcc", "stoi", "pesq", "jaccard", "top1", "top5"}  # fmt: skip
-LESS = {"loss", "error", "err", "mse", "mae", "rmse", "mape", "wape", "smape", "nll", "perplexity", "fid", "kid", "distance", "huber"}
+MORE = {"acc", "accuracy", "auc", "auroc", "score", "psnr", "ssim", "sdr", "snr", "f1", "iou", "dice", "precision", "recall",
+        "r2", "corr", "map", "ndcg", "bleu", "kappa", "mcc", "stoi", "pesq", "jaccard", "top1", "top5"}  # fmt: skip
+LESS = {"loss", "error", "err", "mse", "mae", "rmse", "mape", "wape", "smape", "nll", "perplexity", "fid", "kid", "huber"}
 
 
 def best_mode(monitor: str) -> str:
@@ -164,8 +164,8 @@ def best_mode(monitor: str) -> str:
 AUTOMATIC = ("valid/score", "valid/loss", "train/loss")  # what best means when nobody says it
 
 
-class Restore(RunFolder):
-    "Saves and restores."
+class Scored(RunFolder):
+    "Knows which checkpoint is the best."
 
     monitor: str = ""  # the history's name that says which checkpoint is best; empty: the first of `AUTOMATIC` there is
     mode: str = ""  # "min" or "max"; empty: by the name
@@ -180,6 +180,10 @@ class Restore(RunFolder):
                           f"{', '.join(near or names)}", stacklevel=4)  # fmt: skip
         return self.monitor or next((name for name in AUTOMATIC if name in names), "")
 
+# %% ../nbs/24_state.ipynb #e6d74141
+class Restore(Scored):
+    "Saves and restores."
+
     def save(self, note: str = "", pin: bool = False) -> Entry:
         "Write a checkpoint of the present state into the run's folder; returns its entry."
         self._store()
@@ -190,7 +194,8 @@ class Restore(RunFolder):
         metrics = {name: value for name, (_, value) in last.items()}
         name = self._monitored(last)
         score = metrics[name] if last.get(name, (-1,))[0] == self.step else None
-        info = {"epoch": self.epoch, "metrics": metrics, "score": score, "mode": self.mode or best_mode(name), "note": note, "pinned": pin}
+        info = {"epoch": self.epoch, "metrics": metrics, "score": score, "mode": self.mode or best_mode(name),
+                "note": note, "pinned": pin}  # fmt: skip
         entry = self._store().save(self.state_dict(), self.step, info)
         self.history.mark("checkpoint", self.step, note, id=entry.id)
         self.history.flush()

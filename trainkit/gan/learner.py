@@ -5,7 +5,7 @@
 # %% ../../nbs/44_gan_learner.ipynb #551dd8c9
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
