@@ -219,6 +219,52 @@ def test_best_by_the_score_of_its_own_step(tmp_path, mode, best):
     assert Checkpoints(tmp_path).best.id == best  # also for the next process
 
 
+def test_a_checkpoint_is_meant_by_its_entry_or_its_file(tmp_path, monkeypatch):
+    store = Checkpoints(tmp_path / "run")
+    first, again, last = store.save(state_of(1), 5), store.save(state_of(2), 5), store.save(state_of(3), 6)
+    monkeypatch.chdir(tmp_path)
+    for entry, seed in (first, 1), (again, 2), (last, 3):
+        for which in entry, entry.path, Path("run", entry.path.name), store.find(entry.id):
+            assert store.find(which) == entry
+            state, found = store.load(which)
+            assert (state["step"], found) == (seed, entry)
+    assert Checkpoints("run").load(first)[0]["step"] == 1  # the same folder by another name
+    assert store.pin(first).pinned and store.find(first.path).pinned
+    with pytest.raises(CheckpointError, match="is pinned"):
+        store.delete(first)
+    assert not store.pin(first.path, False).pinned
+    store.delete(first)
+    store.delete(last.path)
+    assert [e.id for e in store] == ["5-1"]
+
+
+def test_an_entry_or_a_file_that_is_not_there(tmp_path):
+    store, other = Checkpoints(tmp_path / "a"), Checkpoints(tmp_path / "b")
+    mine, foreign = store.save(state_of(1), 5), other.save(state_of(2), 5)
+    for which in foreign, foreign.path, tmp_path / "a", mine.path.with_suffix(".json"), Path(mine.path.name):
+        for act in store.find, store.load, store.pin, store.delete:
+            with pytest.raises(CheckpointError, match="is no checkpoint in .*there is: 5"):
+                act(which)
+    store.delete(mine)
+    replaced = store.save(state_of(3), 5)
+    assert replaced.path == mine.path
+    with pytest.raises(CheckpointError, match="not the same any more"):  # and not the other one's state
+        store.load(mine)
+    assert store.load(mine.path)[1] == replaced
+
+
+def test_a_damaged_checkpoint_is_still_found_by_its_entry(tmp_path):
+    store = Checkpoints(tmp_path)
+    entry = store.save(state_of(), 5)
+    entry.path.write_bytes(entry.path.read_bytes()[:100])
+    entry.path.with_suffix(".json").unlink()
+    with pytest.raises(CheckpointError, match="ckpt-000000005.pt") as raised:
+        store.load(entry)
+    assert "is no checkpoint in" not in str(raised.value)
+    store.delete(store.find(entry))
+    assert not files(tmp_path)
+
+
 def test_retention_keeps_the_newest_the_best_and_the_pinned(tmp_path):
     store = Checkpoints(tmp_path, keep=3)
     store.save({}, 1, {"pinned": True})

@@ -20,6 +20,7 @@ from trainkit.data import (
     as_loaders,
     as_tensor,
     batch_size_of,
+    checked_split,
     describe,
     length_of,
     split_batch,
@@ -213,6 +214,55 @@ def test_describe_is_short_whatever_comes():
     assert describe({i: list(range(1000)) for i in range(1000)}).startswith("dict of 1000 (0: list of 1000 (int,")
     assert len(describe([[[[list(range(50))] * 50] * 50] * 50] * 50)) < 400
     assert describe(DataLoader(Stream())) == "DataLoader"
+
+
+@pytest.mark.parametrize("parts, received", [
+    ((X, Y), "tuple of 2 (Tensor (10, 2) float32, Tensor (10,) int64)"),
+    ((X, {}, Y), "tuple of 3 (Tensor (10, 2) float32, dict of 0, Tensor (10,) int64)"),
+    (((X,), {}, Y), "tuple of 3 (tuple of 1 (Tensor (10, 2) float32), dict of 0, Tensor (10,) int64)"),
+    (((X,), {}, None), "NoneType"), (((X,), None, (Y,)), "NoneType"), (((X,), (), (Y,)), "tuple of 0"),
+    (((X,), {}, (Y,), 1), "tuple of 4"), (("text", {}, (Y,)), "str of length 4"), (((), {}, (Y,)), "tuple of 0"),
+    (X, "Tensor (10, 2) float32"), (None, "NoneType"), ({"x": X}, "dict of 1"), (((X,), {1: X}, (Y,)), "dict of 1 (1: "),
+    (X[:3], "Tensor (3, 2) float32"),
+])  # fmt: skip
+def test_a_split_that_returns_something_else_is_named_with_what_it_returned(parts, received):
+    def mine(batch):
+        return parts
+
+    with pytest.raises(TypeError) as raised:
+        checked_split(mine)("batch")
+    for part in "mine should return (inputs, kwargs, targets)", "return (x,), {}, (y,)", "It returned ", received:
+        assert part in str(raised.value)
+
+
+@pytest.mark.parametrize("parts", [
+    ((X,), {}, (Y,)), ((X, X), {"mask": X}, ()), ((), {"ids": X}, (Y,)), ((X,), {}, ((Y, Y),)), ([X], {}, [Y]), [[X], {}, []],
+])  # fmt: skip
+def test_a_split_that_is_right_is_passed_on_untouched(parts):
+    split = checked_split(lambda batch: parts)
+    assert split("batch") is parts and checked_split(split) is split
+
+
+def test_every_result_of_a_split_is_checked():
+    """A later loader may bring other batches."""
+    split = checked_split(lambda batch: ((batch,), {}, (Y,)) if len(batch) == 10 else batch)
+    assert split(X)[2] is not None
+    with pytest.raises(TypeError, match="It returned Tensor"):
+        split(X[:3])
+
+
+def test_what_can_be_a_split_function():
+    assert checked_split(split_batch) is split_batch
+
+    class Split:
+        def __call__(self, batch):
+            return batch
+
+    with pytest.raises(TypeError, match="the split function .*Split should return"):
+        checked_split(Split())(X)
+    for bad in None, "labels", (0, 1):
+        with pytest.raises(TypeError, match="split takes a function"):
+            checked_split(bad)
 
 
 # --- the stream ------------------------------------------------------------------------------------------------------

@@ -669,6 +669,30 @@ def test_validation_is_weighted_by_batch_size_and_changes_nothing():
     assert watched.history.last("valid/mae") == pytest.approx((pred - Y).abs().mean().item(), rel=1e-5)
 
 
+def test_observers_leave_gradients_alone():
+    learn = learner(dls=validated(), metrics=["mae"])
+    for p in learn.model.parameters():
+        p.grad = torch.full_like(p, 3.0)
+    learn.validate(), learn.test([(X, Y)]), learn.predict(X)
+    assert all(torch.equal(p.grad, torch.full_like(p, 3.0)) for p in learn.model.parameters())
+    assert learn.batch is None and learn.pred is None
+
+
+def test_observers_leave_masks_alone():
+    mask = torch.tensor([[1.0], [0.0]]).repeat(20, 1)
+
+    class Masked(Learner):
+        def validation_step(self, batch):
+            x, y, m = batch
+            self.pred = self.model(x)
+            return {"loss": ((self.pred - y) * m).abs().sum() / m.sum()}
+
+    learn = learner(Masked, dls={"train": (X, Y), "valid": [(X, Y, mask)]}, split=lambda b: ((b[0],), {}, (b[1],)), metrics=["mse"])
+    before = mask.clone(), X.clone(), Y.clone()
+    learn.fit(2)
+    assert all(torch.equal(a, b) for a, b in zip(before, (mask, X, Y)))
+
+
 def test_several_validation_loaders_and_one_score():
     class Scored(Learner):
         def validation_step(self, batch):

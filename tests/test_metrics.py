@@ -267,6 +267,22 @@ def test_loaders_do_not_mix():
     assert again.compute() == {"mean_squared_error": 4.0, "mae": 2.0}  # nothing left from the last round
 
 
+def test_seen_counts_the_batches_since_the_last_reset():
+    metrics = MetricSet(["mse", torchmetrics.MeanSquaredError()])
+    here, there = metrics.for_loader("here"), metrics.for_loader("there")
+    x = torch.ones(3)
+    for _ in range(4):
+        here.update(x, (x,), 3)
+    with pytest.raises(ValueError):
+        there.update(x, (x[:, None],), 3)
+    assert (metrics.seen, here.seen, there.seen) == (0, 4, 0)
+    assert metrics.for_loader("here").seen == 0  # the same ones, emptied
+    here.update(x * math.nan, (x,), 3)
+    assert math.isnan(here.compute()["mse"]) and here.seen == 1  # a NaN that isn't for want of batches
+    here.reset()
+    assert here.seen == 0 and MetricSet(here).seen == 0
+
+
 def test_nothing_seen_is_nan_and_silent(recwarn):
     values = MetricSet([torchmetrics.MeanSquaredError(), "mae"]).compute()
     assert all(math.isnan(v) for v in values.values()) and len(values) == 2 and not recwarn.list

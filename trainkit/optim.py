@@ -65,13 +65,13 @@ OPTIMIZERS = "a name, an Optimizer class, a function of parameters that makes on
 
 
 def refuse_other(kind: Any) -> None:
-    "TypeError for what neither names nor makes an optimizer."
+    "TypeError for what can't make an optimizer."
     if isinstance(kind, Optimizer):
         made = type(kind).__name__
         raise TypeError(f"received an optimizer that is already made, of class {made}: pass the class ({made}), or a builder with "
                         f"its options (OptimBuilder({made}, lr=…)); the learner builds it once modules are on their device")  # fmt: skip
     stranger = not issubclass(kind, Optimizer) if isinstance(kind, type) else isinstance(kind, nn.Module) or not callable(kind)
-    if stranger and not isinstance(kind, str):
+    if stranger:
         what = f"the class {kind.__name__}" if isinstance(kind, type) else f"{type(kind).__name__} {kind!r:.60}"
         raise TypeError(f"an optimizer is given as {OPTIMIZERS}; received {what}")
 
