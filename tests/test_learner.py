@@ -656,7 +656,7 @@ def test_validation_is_weighted_by_batch_size_and_changes_nothing():
 
     def run(valid):
         dls = (DataLoader(TensorDataset(X, Y), batch_size=8, shuffle=True), valid)
-        learn = learner(dls=dls if valid else dls[0], metrics={"mae": Noisy()})
+        learn = learner(dls=dls, metrics={"mae": Noisy()}) if valid else learner(dls=dls[0])
         learn.fit(epochs=3)
         return learn
 
@@ -687,7 +687,8 @@ def test_observers_leave_masks_alone():
             self.pred = self.model(x)
             return {"loss": ((self.pred - y) * m).abs().sum() / m.sum()}
 
-    learn = learner(Masked, dls={"train": (X, Y), "valid": [(X, Y, mask)]}, split=lambda b: ((b[0],), {}, (b[1],)), metrics=["mse"])
+    dls = {"train": (X, Y), "valid": [(X, Y, mask)]}
+    learn = learner(Masked, dls=dls, split=lambda b: ((b[0],), {}, (b[1],)), metrics=["mse"])
     before = mask.clone(), X.clone(), Y.clone()
     learn.fit(2)
     assert all(torch.equal(a, b) for a, b in zip(before, (mask, X, Y)))

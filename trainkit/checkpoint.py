@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['PLAIN_TYPES', 'FORMAT', 'COLUMNS', 'CheckpointError', 'check_plain', 'diff_state', 'write_atomically',
+__all__ = ['PLAIN_TYPES', 'FORMAT', 'Which', 'COLUMNS', 'CheckpointError', 'check_plain', 'diff_state', 'write_atomically',
            'clear_leftovers', 'fault_of', 'read_checkpoint', 'Entry', 'read_entry', 'Shelf', 'Writable', 'Checkpoints']
 
 # %% ../nbs/22_checkpoint.ipynb #1873f079
@@ -329,6 +329,20 @@ def read_entry(
         return _entry(path, meta)
 
 # %% ../nbs/22_checkpoint.ipynb #b7706ba3
+Which = str | int | Entry | Path  # an id, a step, "last", "best", what `save` returned, a file in the folder
+
+
+def _same(which: Entry | Path, entries: Sequence[Entry], folder: Path) -> Entry:
+    "The one of `entries` that is meant by another entry, or lies in a file."
+    path = (which.path if isinstance(which, Entry) else which).resolve()
+    for entry in entries:
+        times = {entry.time, which.time if isinstance(which, Entry) else entry.time} - {0.0}  # 0: can't be read
+        if entry.path.resolve() == path and len(times) < 2:
+            return entry
+    there = ", ".join(entry.id for entry in entries) or "none"
+    raise CheckpointError(f"{path} is no checkpoint in {folder}, or not the same any more; there is: {there}")
+
+# %% ../nbs/22_checkpoint.ipynb #02450328
 class Shelf:
     "The checkpoints of a folder, to be listed and found."
 
@@ -357,9 +371,11 @@ class Shelf:
         sign = -1 if scored and scored[-1].info.get("mode") == "max" else 1
         return min(scored, key=lambda e: sign * (e.score or 0), default=None)
 
-    def find(self, which: str | int) -> Entry:
-        "The checkpoint of an id, the newest of a step (an int), 'last' or 'best'; CheckpointError when there is none."
+    def find(self, which: Which) -> Entry:
+        "The checkpoint of an id, the newest of a step (an int), 'last', 'best', an Entry, a Path; CheckpointError if none."
         entries = self.list()
+        if isinstance(which, (Entry, Path)):
+            return _same(which, entries, self.folder)
         name = which.removeprefix("ckpt-").removesuffix(".pt").lstrip("0") or "0" if isinstance(which, str) else None
         found = [e for e in entries if which == "last" or e.id == name or e.step == which]
         if which == "best":
@@ -433,7 +449,7 @@ class Writable(Shelf):
 class Checkpoints(Writable):
     "A run's checkpoints on disk."
 
-    def load(self, which: str | int = "last") -> tuple[dict[str, Any], Entry]:  # an id, a step, "last" or "best"
+    def load(self, which: Which = "last") -> tuple[dict[str, Any], Entry]:
         "The state of a checkpoint, on the CPU, and its entry; CheckpointError names the file and its fault."
         if which != "last" or not len(self):
             entry = self.find(which)
@@ -445,7 +461,7 @@ class Checkpoints(Writable):
                 warnings.warn(f"{error}. Going back to the checkpoint before it", stacklevel=2)
         raise CheckpointError(f"no checkpoint in {self.folder} can be read")
 
-    def pin(self, which: str | int, pinned: bool = True) -> Entry:
+    def pin(self, which: Which, pinned: bool = True) -> Entry:
         "Keep a checkpoint whatever comes, or no longer."
         entry = self.find(which)
         picture = base64.b64encode(entry.thumbnail).decode() if entry.thumbnail else None
@@ -453,7 +469,7 @@ class Checkpoints(Writable):
         _describe(entry.path, {"seq": entry.seq, "time": entry.time, "info": info, "thumbnail": picture})
         return self.find(entry.id)
 
-    def delete(self, which: str | int) -> None:
+    def delete(self, which: Which) -> None:
         "Delete a checkpoint; one that is pinned is refused."
         entry = self.find(which)
         if entry.pinned:

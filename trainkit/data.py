@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import math
 import signal
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,9 +23,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from .device import preserve_rng, rng_state, set_rng_state
 
 # %% auto #0
-__all__ = ['ACCEPTED', 'TARGET_KEYS', 'ANEW', 'describe', 'length_of', 'as_tensor', 'ArrayDataset', 'as_loader', 'Loaders',
-           'as_loaders', 'split_batch', 'batch_size_of', 'worker_safe', 'EpochStart', 'Rewindable', 'Stateful',
-           'ForwardOnly', 'Batches', 'BatchStream']
+__all__ = ['ACCEPTED', 'TARGET_KEYS', 'Split', 'ANEW', 'describe', 'length_of', 'as_tensor', 'ArrayDataset', 'as_loader',
+           'Loaders', 'as_loaders', 'split_batch', 'check_parts', 'checked_split', 'batch_size_of', 'worker_safe',
+           'EpochStart', 'Rewindable', 'Stateful', 'ForwardOnly', 'Batches', 'BatchStream']
 
 # %% ../nbs/11_data.ipynb #1312a433
 def describe(
@@ -243,6 +244,43 @@ def _split_dict_batch(batch: Mapping) -> tuple[tuple, dict[str, Any], tuple]:
                         "the learner a split function: batch -> (inputs, kwargs, targets)")  # fmt: skip
     targets = tuple(batch[key] for key in found)
     return (tuple(rest.values()), {}, targets) if len(rest) == 1 else ((), rest, targets)
+
+# %% ../nbs/11_data.ipynb #0038fa70
+Split = Callable[[Any], tuple[tuple, dict[str, Any], tuple]]
+
+
+def check_parts(
+    parts: Any,  # what a split function returned
+    name: str,  # of the function, for the message
+) -> None:
+    "TypeError unless the parts of a batch are (inputs, kwargs, targets): a tuple or list, a dict by names, and another."
+    row = (tuple, list)
+    if isinstance(parts, row) and len(parts) == 3 and isinstance(parts[0], row) and isinstance(parts[2], row):
+        if isinstance(parts[1], Mapping) and all(isinstance(k, str) for k in parts[1]) and (parts[0] or parts[1]):
+            return
+    raise TypeError(f"the split function {name} should return (inputs, kwargs, targets), that is a tuple of the model's "
+                    "inputs, a dict of its keyword inputs, and a tuple with the target or with none; for a batch (x, y): "
+                    f"return (x,), {{}}, (y,). It returned {describe(parts)}")  # fmt: skip
+
+
+def checked_split(
+    split: Split,  # batch -> (inputs, kwargs, targets)
+) -> Split:
+    "The function with its results looked at by `check_parts`; `split_batch`, and one that is checked, as they are."
+    if not callable(split):
+        raise TypeError(f"split takes a function: batch -> (inputs, kwargs, targets); received {describe(split)}")
+    if split is split_batch or getattr(split, "checked", False):
+        return split
+    name = getattr(split, "__qualname__", type(split).__name__)
+
+    @functools.wraps(split, updated=())
+    def checked(batch: Any) -> tuple[tuple, dict[str, Any], tuple]:
+        parts = split(batch)
+        check_parts(parts, name)
+        return parts
+
+    checked.checked = True  # type: ignore[attr-defined]
+    return checked
 
 # %% ../nbs/11_data.ipynb #544e44b0
 def _sizes(x: Any) -> Iterator[tuple[bool, int]]:

@@ -278,6 +278,8 @@ def _values(metric: Metric) -> dict[str, float]:
 class MetricSet:
     "The metrics of a learner, by name; each loader has its own."
 
+    seen: int = 0  # batches since the last reset; 0: all values are NaN
+
     def __init__(self, metrics: Any = ()):  # one metric, a list of them, a dict by name, or a MetricSet
         metrics = metrics.metrics if isinstance(metrics, MetricSet) else () if metrics is None else metrics
         self.metrics: list[Metric] = _named_metrics(metrics)
@@ -299,6 +301,7 @@ class MetricSet:
         pred, targets = detached(pred), tuple(detached(targets))
         for metric in self.metrics:
             metric.update(pred, targets, n)
+        self.seen += 1
 
     @torch.no_grad()
     def compute(self) -> dict[str, float]:
@@ -315,3 +318,4 @@ class MetricSet:
         "Forget everything."
         for metric in self.metrics:
             metric.reset()
+        self.seen = 0
