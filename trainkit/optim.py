@@ -26,13 +26,13 @@ __all__ = ['OPTIMIZERS', 'LIMITS', 'Named', 'HOW', 'torch_optimizers', 'register
            'align_gradients', 'keep_how', 'align_state', 'split_factory', 'split_schedule', 'check_rule', 'OptimPlan',
            'plain', 'WritablePlan', 'for_factory', 'adopt', 'reason', 'OptimBuilder', 'as_builder']
 
-# %% ../nbs/14_optim.ipynb #0a438712
+# %% ../nbs/14_optim.ipynb #0902683f
 def torch_optimizers() -> dict[str, type[Optimizer]]:
     "torch's own optimizers by their name in lower case."
     found = [c for c in vars(torch.optim).values() if isinstance(c, type) and issubclass(c, Optimizer)]
     return {c.__name__.lower(): c for c in found if c is not Optimizer}
 
-# %% ../nbs/14_optim.ipynb #b2120070
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 _REGISTERED: dict[str, Callable[..., Optimizer]] = {}
 
@@ -68,8 +68,9 @@ def refuse_other(kind: Any) -> None:
     "TypeError for what can't make an optimizer."
     if isinstance(kind, Optimizer):
         made = type(kind).__name__
-        raise TypeError(f"received an optimizer that is already made, of class {made}: pass the class ({made}), or a builder with "
-                        f"its options (OptimBuilder({made}, lr=…)); the learner builds it once modules are on their device")  # fmt: skip
+        raise TypeError(f"received an optimizer that is already made, of class {made}: pass the class ({made}), or a builder "
+                        f"with its options (OptimBuilder({made}, lr=…)); the learner builds it once modules are on their "
+                        "device")  # fmt: skip
     stranger = not issubclass(kind, Optimizer) if isinstance(kind, type) else isinstance(kind, nn.Module) or not callable(kind)
     if stranger:
         what = f"the class {kind.__name__}" if isinstance(kind, type) else f"{type(kind).__name__} {kind!r:.60}"

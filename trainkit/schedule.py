@@ -22,7 +22,8 @@ from torch.optim import Optimizer
 # %% auto #0
 __all__ = ['STATE', 'constant', 'linear', 'cosine', 'cosine_restarts', 'polynomial', 'wsd', 'inverse_sqrt', 'exponential', 'step',
            'piecewise', 'unknown', 'path_of', 'locate', 'register', 'register_scheduler', 'find_scheduler',
-           'check_warmup', 'check_options', 'Curve', 'PlannedCurve', 'BoundCurve', 'check_state', 'Schedule']
+           'check_warmup', 'check_options', 'Curve', 'PlannedCurve', 'set_rates', 'BoundCurve', 'MovingCurve',
+           'check_state', 'Schedule']
 
 # %% ../nbs/13_schedule.ipynb #9d063014
 def constant(update: float, total: float | None = None) -> float:
@@ -266,8 +267,24 @@ class PlannedCurve(Curve):
         return [self.multiplier(u) for u in range(self._known_total() if n is None else n)]
 
 # %% ../nbs/13_schedule.ipynb #12905ac1
+def set_rates(
+    groups: list[dict[str, Any]],  # an optimizer's
+    bases: list[float],  # base rate of each; that of a group added meanwhile is put at its end
+    multiplier: float,  # by which the base rates are multiplied
+) -> list[Any]:  # the rates as they stand in the groups
+    "Set the rate of every group."
+    for group in groups[len(bases) :]:
+        bases.append(float(group.setdefault("initial_lr", float(group["lr"]))))
+    for group, base in zip(groups, bases):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(base * multiplier)
+        else:
+            group["lr"] = base * multiplier
+    return [group["lr"] for group in groups]
+
+# %% ../nbs/13_schedule.ipynb #f5a938b5
 class BoundCurve(PlannedCurve):
-    "A curve that sets the learning rates of an optimizer's groups, update by update."
+    "A curve that sets the learning rates of an optimizer's groups."
 
     def __init__(
         self,
@@ -283,43 +300,45 @@ class BoundCurve(PlannedCurve):
         self.update = 0  # optimizer updates made
         self.base_lrs: list[float] = []
         self._written: tuple[float, list[float], list[Any]] = (math.nan, [], [])  # multiplier, base rates, rates
-        self._at, self._flat_from = -1, math.inf  # the update they were written for; where the curve is level
+        self._at, self._level_from = -1, math.inf  # the update they are of; where the curve is level
         if self.total is not None or not self.needs_total:
             self.apply()
 
     def apply(self) -> None:
         "Set every group's rate to its base rate times the multiplier; a group added meanwhile joins in."
         multiplier, end = self.multiplier(self.update), math.inf if self._endless else self._known_total()
-        self._flat_from = self.warmup_updates if self.shape is constant else end
-        self._written = (math.nan, [], [])
-        self._write(multiplier)
-
-    def advance(self) -> None:
-        "Count one update that was made and set the rates of the next."
-        level = self._flat_from <= self.update == self._at
-        multiplier = self._written[0] if level else self.multiplier(self.update + 1)
-        self.update += 1
+        self._level_from = self.warmup_updates if self.shape is constant else end
         self._write(multiplier)
 
     def _write(self, multiplier: float) -> None:
-        groups, (last, bases, rates) = self.optimizer.param_groups, self._written
-        self._at = self.update
-        if multiplier == last and self.base_lrs == bases and len(groups) == len(rates):
-            if all(map(is_, [group["lr"] for group in groups], rates)):
-                return
-        for group in groups[len(self.base_lrs) :]:
-            self.base_lrs.append(float(group.setdefault("initial_lr", float(group["lr"]))))
-        for group, base in zip(groups, self.base_lrs):
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(base * multiplier)
-            else:
-                group["lr"] = base * multiplier
-        self._written = multiplier, [*self.base_lrs], [group["lr"] for group in groups]
+        rates = set_rates(self.optimizer.param_groups, self.base_lrs, multiplier)
+        self._at, self._written = self.update, (multiplier, [*self.base_lrs], rates)
 
     @property
     def lr(self) -> list[float]:
         "The groups' learning rates of now."
         return [float(group["lr"]) for group in self.optimizer.param_groups]
+
+# %% ../nbs/13_schedule.ipynb #42ac7971
+class MovingCurve(BoundCurve):
+    "A bound curve that goes on update by update."
+
+    def advance(self) -> None:
+        "Count one update that was made and set the rates of the next."
+        level = self._level_from <= self.update == self._at
+        multiplier = self._written[0] if level else self.multiplier(self.update + 1)
+        self.update += 1
+        if self._stands(multiplier):
+            self._at = self.update
+        else:
+            self._write(multiplier)
+
+    def _stands(self, multiplier: float) -> bool:
+        "Are the rates of this multiplier written, and still there? Tensors are not read."
+        groups, (last, bases, rates) = self.optimizer.param_groups, self._written
+        if multiplier != last or self.base_lrs != bases or len(groups) != len(rates):
+            return False
+        return all(map(is_, [group["lr"] for group in groups], rates))
 
 # %% ../nbs/13_schedule.ipynb #2139dfdf
 STATE = ("name", "options", "update", "total", "warmup", "end", "base_lrs")  # what a schedule's state holds
@@ -339,7 +358,7 @@ def check_state(schedule: BoundCurve, state: Mapping[str, Any]) -> dict[str, Any
     return {**{key: getattr(saved, key) for key in STATE if hasattr(saved, key)}, "update": update, "base_lrs": bases}
 
 # %% ../nbs/13_schedule.ipynb #92b188f1
-class Schedule(BoundCurve):
+class Schedule(MovingCurve):
     "Learning rates over the updates of an optimizer, with a state, and ways to go on behind the end."
 
     @property
