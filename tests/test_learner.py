@@ -989,6 +989,40 @@ def test_a_bare_run_name_lies_with_the_other_runs(tmp_path, monkeypatch):
     assert learner(run="digits", runs="kept").run.as_posix() == "kept/digits"
 
 
+@pytest.mark.parametrize("text,message", [
+    ("[optimizer]\nname = adamm", r"adamm.*settings.ini \[optimizer\] name"),
+    ("[scheduler]\nname = cosin", r"cosin.*settings.ini \[scheduler\] name"),
+    ("[trainkit]\ndevice = gpu", r"gpu.*settings.ini \[trainkit\] device"),
+])  # fmt: skip
+def test_what_a_settings_file_got_wrong_names_the_file(text, message, tmp_path, monkeypatch):
+    (tmp_path / "settings.ini").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        Learner(Net(), [(X, Y)], "mse", front="none")
+
+
+def test_settings_make_the_optimizer_only_where_none_is_given(tmp_path, monkeypatch):
+    (tmp_path / "settings.ini").write_text("[optimizer]\nname = sgd\nmomentum = 0.9\n[scheduler]\nname = linear\n")
+    monkeypatch.chdir(tmp_path)
+    given, default = (Learner(Net(), [(X, Y)], "mse", opt, front="none").players[0] for opt in ("adam", None))
+    assert type(given.opt).__name__ == "Adam" and given.schedule.name == "constant"
+    assert default.opt.param_groups[0]["momentum"] == 0.9 and default.schedule.name == "linear"
+
+
+def test_save_every_none_and_entries(tmp_path):
+    learn = learner(run=tmp_path / "run", save_every=None, front=None)
+    learn.fit(1)
+    assert len(learn.checkpoints) == 0
+    entry = learn.save()
+    learn.fit(1)
+    assert learn.restore(entry).step == 5 and learn.step == 5
+
+
+def test_a_split_function_that_forgets_something():
+    with pytest.raises(TypeError, match="should return"):
+        learner(split=lambda b: ((b[0],), (b[1],))).fit(1)
+
+
 @pytest.mark.parametrize("name,message", [
     ("metric", "did you mean metrics"), ("callbacks", "did you mean cbs"), ("lr", r"OptimBuilder\(…, lr=…\)"),
     ("devise", "device"), ("xyz", "accepted: model"),

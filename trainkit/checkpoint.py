@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 # %% auto #0
 __all__ = ['PLAIN_TYPES', 'FORMAT', 'Which', 'COLUMNS', 'CheckpointError', 'check_plain', 'diff_state', 'write_atomically',
-           'clear_leftovers', 'fault_of', 'read_checkpoint', 'Entry', 'read_entry', 'Shelf', 'Writable', 'Checkpoints']
+           'clear_leftovers', 'fault_of', 'read_checkpoint', 'Entry', 'read_entry', 'meant', 'nothing_meant', 'Shelf',
+           'Writable', 'Checkpoints']
 
 # %% ../nbs/22_checkpoint.ipynb #1873f079
 class CheckpointError(RuntimeError):
@@ -329,18 +330,29 @@ def read_entry(
         return _entry(path, meta)
 
 # %% ../nbs/22_checkpoint.ipynb #b7706ba3
-Which = str | int | Entry | Path  # an id, a step, "last", "best", what `save` returned, a file in the folder
+Which = str | int | Entry | Path  # an id, a step, "last", what `save` returned, a file in the folder
 
 
-def _same(which: Entry | Path, entries: Sequence[Entry], folder: Path) -> Entry:
-    "The one of `entries` that is meant by another entry, or lies in a file."
-    path = (which.path if isinstance(which, Entry) else which).resolve()
-    for entry in entries:
-        times = {entry.time, which.time if isinstance(which, Entry) else entry.time} - {0.0}  # 0: can't be read
-        if entry.path.resolve() == path and len(times) < 2:
-            return entry
-    there = ", ".join(entry.id for entry in entries) or "none"
-    raise CheckpointError(f"{path} is no checkpoint in {folder}, or not the same any more; there is: {there}")
+def meant(
+    which: Which,  # which checkpoint
+    entries: Sequence[Entry],  # all there are
+) -> list[Entry]:
+    "Those of the entries that are meant, in their order."
+    if isinstance(which, (Entry, Path)):
+        path = (which.path if isinstance(which, Entry) else which).resolve()
+        time = which.time if isinstance(which, Entry) else 0  # 0: not known
+        return [e for e in entries if e.path.resolve() == path and (e.time == time or 0 in (e.time, time))]
+    name = which.removeprefix("ckpt-").removesuffix(".pt").lstrip("0") or "0" if isinstance(which, str) else None
+    return [e for e in entries if which == "last" or e.id == name or e.step == which]
+
+
+def nothing_meant(which: Which, entries: Sequence[Entry], folder: Path) -> CheckpointError:
+    "The error for a checkpoint that isn't there: what was asked for, what there is, and why, if that isn't plain."
+    why = " (none of them has a score)" if which == "best" and entries else ""
+    if isinstance(which, Entry) and meant(which.path, entries):
+        why = f" ({which.path.name} is another one, saved later)"
+    said, there = repr(which).removeprefix("checkpoint "), ", ".join(e.id for e in entries) or "none"
+    return CheckpointError(f"there is no checkpoint {said} in {folder}; there is: {there}{why}")
 
 # %% ../nbs/22_checkpoint.ipynb #02450328
 class Shelf:
@@ -374,16 +386,10 @@ class Shelf:
     def find(self, which: Which) -> Entry:
         "The checkpoint of an id, the newest of a step (an int), 'last', 'best', an Entry, a Path; CheckpointError if none."
         entries = self.list()
-        if isinstance(which, (Entry, Path)):
-            return _same(which, entries, self.folder)
-        name = which.removeprefix("ckpt-").removesuffix(".pt").lstrip("0") or "0" if isinstance(which, str) else None
-        found = [e for e in entries if which == "last" or e.id == name or e.step == which]
-        if which == "best":
-            found = [self.best] if self.best else []
+        best = self.best if which == "best" else None
+        found = [best] if best else meant(which, entries)
         if not found:
-            there = ", ".join(e.id for e in entries) or "none"
-            why = " (none of them has a score)" if which == "best" and entries else ""
-            raise CheckpointError(f"there is no checkpoint {which!r} in {self.folder}; there is: {there}{why}")
+            raise nothing_meant(which, entries, self.folder)
         return found[-1]
 
 # %% ../nbs/22_checkpoint.ipynb #b606063e

@@ -555,7 +555,7 @@ def _no_batch(loader: Any, name: str, epoch: int) -> ValueError:
     detail += f"drop_last={getattr(loader, 'drop_last', False)})" if detail else ""
     return ValueError(f"the {name} loader is empty: {describe(loader)} gave no batch{detail}")
 
-# %% ../nbs/11_data.ipynb #02a05973
+
 class _Cursor:
     "A place in the data, with an iterator that stands there or can be opened there."
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .callback import Callback, Cancel, CancelBatch, CancelEpoch, CancelFit, CancelTurn
 from .checkpoint import Checkpoints
-from .data import BatchStream, Loaders, as_loaders, describe, length_of, split_batch, worker_safe
+from .data import BatchStream, Loaders, as_loaders, checked_split, describe, length_of, split_batch, worker_safe
 from .device import (
     Precision, apply_channels_last, compile_module, pick_device, seed_everything, to_device, wants_channels_last)  # fmt: skip
 from .environment import where
@@ -36,7 +36,7 @@ from .state import AutoSave, Restore, best_mode
 
 # %% auto #0
 __all__ = ['SYNONYMS', 'Turns', 'Move', 'Target', 'count', 'Marks', 'Loop', 'Stoppable', 'two_stage_interrupt', 'plan_schedules',
-           'Plan', 'Running', 'Fit', 'as_players', 'Steps', 'Placed', 'Shown', 'check_keywords', 'Learner']
+           'Plan', 'Running', 'Fit', 'as_players', 'Steps', 'blaming', 'Placed', 'Shown', 'check_keywords', 'Learner']
 
 # %% ../nbs/25_learner.ipynb #16623574
 class Turns(Restore):
@@ -489,6 +489,15 @@ class Steps(Fit):
         return modules[0]
 
 # %% ../nbs/25_learner.ipynb #237c996f
+@contextmanager
+def blaming(settings: Settings, keys: Iterable[tuple[str, str]]) -> Iterator[None]:
+    "Inside, an error about a value names the file or the environment variable that `keys` came from."
+    try:
+        yield
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise type(error)(f"{error}{''.join(settings.blame(*key) for key in keys)}") from error
+
+# %% ../nbs/25_learner.ipynb #e935dde6
 class Placed(Steps):
     "Puts everything where it belongs."
 
@@ -497,7 +506,8 @@ class Placed(Steps):
     def _place(self, compile: bool | dict) -> None:
         "Modules to their device, then one optimizer for each player."
         settings = self.settings
-        self.device = pick_device(settings.device)
+        with blaming(settings, [("trainkit", "device")]):
+            self.device = pick_device(settings.device)
         self.precision = Precision(settings.precision, self.device)
         modules = {id(m): m for player in self.players for m in player.modules.values()}.values()
         losses = [term.fn for player in self.players for term in player.terms if isinstance(term.fn, nn.Module)]
@@ -512,7 +522,8 @@ class Placed(Steps):
                 compile_module(module, compile)
         for player in self.players:
             if player.builder is None:
-                player.builder = OptimBuilder.from_settings(vars(settings.optimizer), vars(settings.scheduler))
+                with blaming(settings, [key for key in KEYS if key[0] != "trainkit"]):
+                    player.builder = OptimBuilder.from_settings(vars(settings.optimizer), vars(settings.scheduler))
             player.build(self.precision)
         self._others, self._lrs = others_of(self.players), {}
         self._prefix = {p.name: f"train/{p.name}/" if len(self.players) > 1 else "train/" for p in self.players}
@@ -600,7 +611,7 @@ class Learner(Shown):
         self.settings = load_settings(**settings)
         if self.settings.seed is not None:
             seed_everything(self.settings.seed)
-        self.players, self.split = as_players(model, loss, opt), split
+        self.players, self.split = as_players(model, loss, opt), checked_split(split)
         loaders = as_loaders(dls, batch_size=self.settings.batch_size)
         valid, test = ({name: worker_safe(dl) for name, dl in dls.items()} for dls in (loaders.valid, loaders.test))
         self.loaders = Loaders(loaders.train, valid, test)

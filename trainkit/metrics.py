@@ -274,6 +274,17 @@ def _values(metric: Metric) -> dict[str, float]:
     found = value if isinstance(value, Mapping) else {metric.name: value}
     return {name: float(_checked(name, v)) for name, v in found.items()}
 
+
+def _all_values(metrics: list[Metric]) -> dict[str, float]:
+    "What several metrics give, by name; ValueError for a name that comes twice."
+    values: dict[str, float] = {}
+    for metric in metrics:
+        found = _values(metric)
+        if twice := found.keys() & values.keys():
+            raise ValueError(f"two metrics give a value called {min(twice)!r}; name them with a dict")
+        values |= found
+    return values
+
 # %% ../nbs/12_metrics.ipynb #53bf88bb
 class MetricSet:
     "The metrics of a learner, by name; each loader has its own."
@@ -306,13 +317,7 @@ class MetricSet:
     @torch.no_grad()
     def compute(self) -> dict[str, float]:
         "Name -> value; what a metric gives as a dict is taken apart."
-        values: dict[str, float] = {}
-        for metric in self.metrics:
-            found = _values(metric)
-            if twice := found.keys() & values.keys():
-                raise ValueError(f"two metrics give a value called {min(twice)!r}; name them with a dict")
-            values |= found
-        return values
+        return _all_values(self.metrics)
 
     def reset(self) -> None:
         "Forget everything."

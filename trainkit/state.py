@@ -201,8 +201,8 @@ class Restore(Scored):
         self.history.flush()
         return entry
 
-    def restore(self, which: str | int = "last") -> Entry:
-        "Go back to the 'last' or 'best' checkpoint, or to one by its id; `fit()` goes on from there."
+    def restore(self, which: str | int | Entry | Path = "last") -> Entry:
+        "Go back to the 'last' or 'best' checkpoint, or to one by its id or entry; `fit()` goes on from there."
         store = self._store()
         if self.state in ("training", "validating", "testing", "predicting"):
             raise RuntimeError(f"can't restore while {self.state}; stop first")
