@@ -187,7 +187,7 @@ def execute(nb: Notebook, folder: Path, timeout: float | None = 900, on_message:
             return super().process_message(msg, cell, cell_index)
 
     os.environ.update(IN_TEST="1", JUPYTER_PREFER_ENV_PATH="1")  # no export from within; the kernel of this environment
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads cost a busy machine five times the step
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in the Makefile: enough for a quiet machine, bearable on a busy one
     nb = nbformat.reads(json.dumps(nb), as_version=4)
     client = Client(nb, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(folder)}},
                     extra_arguments=["--IPKernelApp.log_level=ERROR"])
