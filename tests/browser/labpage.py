@@ -1,6 +1,7 @@
 "What a person does in JupyterLab, in words."
 
 import os
+import re
 from pathlib import Path
 
 from playwright.sync_api import Page, expect
@@ -29,11 +30,23 @@ class LabPage:
     def run(self, index: int, wait: float | None = 60) -> None:
         "Run a code cell with Ctrl-Enter; wait so many seconds for its end, or not at all."
         cell = self.cells.nth(index)
-        cell.locator(".cm-content").click()
-        self.page.keyboard.press("Control+Enter")
+        fresh = cell.locator(".jp-InputPrompt").inner_text().strip() in ("[ ]:", "")
+        for _ in range(3):
+            cell.locator(".cm-content").click()
+            self.page.keyboard.press("Control+Enter")
+            if not fresh or self._started(cell):
+                break
         if wait is not None:
             expect(cell.locator(".jp-InputPrompt")).not_to_contain_text("*", timeout=1000 * wait)
             expect(cell.locator(".jp-InputPrompt")).to_contain_text("[", timeout=1000 * wait)
+
+    def _started(self, cell) -> bool:
+        "Has a cell that never ran begun to? (A key pressed while the page settles is sometimes lost.)"
+        try:
+            expect(cell.locator(".jp-InputPrompt")).to_contain_text(re.compile(r"\[[*\d]"), timeout=5000)
+        except AssertionError:
+            return False
+        return True
 
     def wait_done(self, index: int, seconds: float = 120) -> None:
         "Until a code cell has its number."
