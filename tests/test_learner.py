@@ -316,6 +316,28 @@ def test_second_interrupt_stops_at_once_and_a_script_ends(monkeypatch):
     assert (learn.state, learn.step) == ("interrupted", 8)
 
 
+def test_an_interrupt_while_the_views_are_loading(monkeypatch):
+    monkeypatch.setenv("TRAINKIT_WHERE", "notebook")
+    learn = learner()
+    monkeypatch.setattr(learn, "_attach_front", lambda: os.kill(os.getpid(), signal.SIGINT))
+    learn.fit(1)
+    assert (learn.state, learn.step) == ("interrupted", 0)
+    monkeypatch.undo()
+    learn.fit()
+    assert (learn.state, learn.step) == ("finished", 5)
+
+
+def test_a_refused_fit_inside_a_fit_does_not_end_it():
+    def act(learn):
+        with pytest.raises(RuntimeError, match="one fit at a time"):
+            learn.fit(1)
+        learn.stop()
+
+    learn = learner(cbs=[On("after_batch", lambda learn: act(learn) if learn.step == 2 else None)])
+    learn.fit(1)
+    assert (learn.state, learn.step) == ("stopped", 2)
+
+
 def test_interrupt_inside_the_optimizer_is_said(monkeypatch):
     monkeypatch.setenv("TRAINKIT_WHERE", "notebook")
 

@@ -353,7 +353,7 @@ class Running(Plan):
     error: BaseException | None = None  # what the last fit failed with
 
     def _run(self) -> None:
-        self.state, self.error, self._stopping, self.torn, self.broken = "training", None, None, None, False
+        self.state, self.error, self.torn, self.broken = "training", None, None, False
         try:
             for module in {m for player in self.players for m in player.modules.values()}:
                 if not module.training:  # in training as a whole, its parts keep the modes that their owner chose
@@ -407,10 +407,12 @@ class Fit(Running):
         target = self._target(epochs, steps, validate_every=validate_every, schedule=schedule)
         if target.reached(self.epoch, self.step) and not (self.owed or self.drawn):
             return
-        self._prepare(target)
-        modes, self._fitting = [(module, module.training) for module in self.modules()], True
+        if self._fitting:
+            raise RuntimeError("this learner is training; one fit at a time")
+        modes, self._fitting, self._stopping = [(module, module.training) for module in self.modules()], True, None
         try:
             with two_stage_interrupt(self._interrupted):
+                self._prepare(target)
                 self._run()
         except CancelFit:
             pass
