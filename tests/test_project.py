@@ -185,7 +185,7 @@ def test_machine_paths_are_found_wherever_they_are(path, place):
     assert any("machine path" in what for what in found(made))
 
 
-@pytest.mark.parametrize("text", ["a/work/b", "workers/tmp", "https://example.org/home/page", "and/or", "~/tmp",
+@pytest.mark.parametrize("text", ["a/" + "work/b", "workers/tmp", "https://example.org/home/page", "and/or", "~/tmp",
                                   "./tmp/x", "/workbench", "1/tmpx"])
 def test_what_looks_like_a_machine_path_but_is_none(text):
     assert nb.machine_paths(text) == []
