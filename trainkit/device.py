@@ -22,7 +22,7 @@ from torch import Tensor, nn
 # %% auto #0
 __all__ = ['DTYPES', 'available_devices', 'pick_device', 'to_device', 'can_autocast', 'Precision', 'wants_channels_last',
            'apply_channels_last', 'compile_module', 'clean_keys', 'rng_state', 'set_rng_state', 'preserve_rng',
-           'seed_everything']
+           'seed_everything', 'evaluating']
 
 # %% ../nbs/10_device.ipynb #ae6d9223
 def available_devices() -> list[str]:
@@ -262,3 +262,17 @@ def seed_everything(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's linear algebra starts
         torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True)
+
+# %% ../nbs/10_device.ipynb #93e0cb0c
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    "Inside: eval mode, no gradients, a random state of its own. Afterwards every part of `modules` is as it was."
+    modes = {part: part.training for module in modules for part in module.modules()}
+    try:
+        for part in modes:
+            part.training = False
+        with torch.no_grad(), preserve_rng():
+            yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode

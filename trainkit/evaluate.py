@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .callback import CancelValidate, Scopes
 from .data import Loaders, as_loaders, batch_size_of, describe
-from .device import Precision, preserve_rng, to_device
+from .device import Precision, evaluating, to_device
 from .history import History
 from .metrics import Mean, MetricSet
 from .player import Player
@@ -50,16 +50,12 @@ class Members(Scopes):
     @contextmanager
     def observing(self, state: str) -> Iterator[None]:
         "Inside: eval mode, no gradients, a random state of its own. Afterwards everything is as before."
-        before, modes = self.state, [(module, module.training) for module in self.modules()]
+        before = self.state
         try:
             self.state = state
-            for module, _ in modes:
-                module.training = False
-            with torch.no_grad(), preserve_rng():
+            with evaluating(*(top for player in self.players for top in player.modules.values())):
                 yield
         finally:
-            for module, mode in modes:
-                module.training = mode
             self.state, self.batch, self.pred = before, None, None
 
 # %% ../nbs/23_evaluate.ipynb #0fb0a86e

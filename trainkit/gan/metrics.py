@@ -5,14 +5,15 @@
 # %% ../../nbs/43_gan_metrics.ipynb #bfc328f3
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from ..device import evaluating
+
 # %% auto #0
-__all__ = ['ScoreSums', 'classifier_score', 'evaluating', 'class_probabilities', 'ClassifierScore']
+__all__ = ['ScoreSums', 'classifier_score', 'class_probabilities', 'ClassifierScore']
 
 # %% ../../nbs/43_gan_metrics.ipynb #56dfa7dc
 class ScoreSums:
@@ -48,21 +49,6 @@ def classifier_score(
     sums = ScoreSums()
     sums.add(probs.detach())
     return sums.scores()[0]
-
-# %% ../../nbs/43_gan_metrics.ipynb #331c23c5
-@contextmanager
-def evaluating(
-    model: nn.Module,  # the network that is only to be looked at
-) -> Iterator[None]:
-    "Inside, the model is in eval mode and no gradients are recorded; after it, every module has its old mode."
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 # %% ../../nbs/43_gan_metrics.ipynb #4b76c8fb
 def class_probabilities(

@@ -8,8 +8,8 @@ __all__ = ['to_uint8', 'sample_grid', 'comparison_grid', 'enlarge', 'watching', 
 
 # %% ../../nbs/52_ui_samples.ipynb #11d1f041
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..device import preserve_rng
+from ..device import evaluating
 from .view import Budget, LivePicture, PictureView, quietly, save_png
 
 # %% ../../nbs/52_ui_samples.ipynb #d98f32ce
@@ -79,15 +79,9 @@ def enlarge(images: np.ndarray, h: int, w: int) -> np.ndarray:
     return images[:, y][:, :, x]
 
 # %% ../../nbs/52_ui_samples.ipynb #03129f2f
-@contextmanager
-def watching(learn: Any) -> Iterator[None]:
+def watching(learn: Any) -> AbstractContextManager[None]:
     "Every module of the learner in eval mode, no gradients, random state preserved; all put back afterwards."
-    modes = {m: m.training for player in learn.players for o in player.modules.values() for m in o.modules()}
-    try:
-        for m in modes: m.training = False
-        with torch.no_grad(), preserve_rng(): yield
-    finally:
-        for m, mode in modes.items(): m.training = mode
+    return evaluating(*(module for player in learn.players for module in player.modules.values()))
 
 # %% ../../nbs/52_ui_samples.ipynb #b6d3af35
 def fixed_noise(
