@@ -8,13 +8,14 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 # %% auto #0
-__all__ = ['TURN', 'VALIDATE', 'FIT', 'TEST', 'PREDICT', 'EVENTS', 'Scope', 'Cancel', 'CancelTurn', 'CancelBatch', 'CancelEpoch',
-           'CancelValidate', 'CancelFit', 'Callback', 'On', 'check_event', 'check_callback', 'CallbackSet',
-           'CallbackList', 'loop_picture', 'Emitter', 'Scopes']
+__all__ = ['TURN', 'VALIDATE', 'FIT', 'TEST', 'PREDICT', 'EVENTS', 'Scope', 'Cancel', 'CancelTurn', 'CancelStep', 'CancelBatch',
+           'CancelEpoch', 'CancelValidate', 'CancelFit', 'Callback', 'On', 'check_event', 'check_callback',
+           'CallbackSet', 'CallbackList', 'loop_picture', 'Emitter', 'Scopes']
 
 # %% ../nbs/20_callback.ipynb #13e46bb6
 @dataclass(frozen=True)
@@ -66,6 +67,10 @@ class CancelTurn(Cancel):
     "This player does not move in this batch."
 
 
+class CancelStep(Cancel):
+    "The player makes no optimizer step in this turn, and its gradients are dropped. To be raised up to `before_step`."
+
+
 class CancelBatch(Cancel):
     "The batch is over. It counts as a step, so that `fit(steps=n)` ends."
 
@@ -89,6 +94,7 @@ class Callback:
     many: bool = False  # may one learner hold several? Otherwise a new one takes the place of the old
     requires: tuple[type | str, ...] = ()  # classes (or their names) that must be attached, too
     conflicts: tuple[type | str, ...] = ()  # classes (or their names) that must not
+    probing: bool = True  # does it act in a trial run, too, whose results are thrown away? Views and savers don't
 
     @property
     def name(self) -> str:
@@ -101,6 +107,17 @@ class Callback:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Takes back what `state_dict` gave."
+
+    def setup(self, learn: Any) -> None:
+        "Called at the start of each fit, before anything has changed: raise ValueError for what can't work."
+
+    def observing(self, learn: Any) -> AbstractContextManager[Any]:
+        "Entered whenever the learner looks without training: validation, test, prediction, samples."
+        return nullcontext()
+
+    def schedules(self, learn: Any) -> dict[str, tuple[Any, Any]]:
+        "Schedules of its own, by name: (schedule, the player whose updates it counts, or None)."
+        return {}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"

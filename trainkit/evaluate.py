@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -22,9 +22,32 @@ from .metrics import Mean, MetricSet
 from .player import Player
 
 # %% auto #0
-__all__ = ['Members', 'Walk', 'scalars', 'Gathered', 'Hooks', 'Measure', 'Predict']
+__all__ = ['set_mode', 'evaluated', 'Members', 'Walk', 'scalars', 'Gathered', 'Hooks', 'Measure', 'Predict']
 
 # %% ../nbs/23_evaluate.ipynb #e61cd224
+def set_mode(optimizer: Any, training: bool) -> None:
+    "Optimizers that train other weights than they evaluate (arXiv 2405.15682) are told which are wanted; others have no mode."
+    switch = getattr(optimizer, "train" if training else "eval", None)
+    if callable(switch):
+        switch()
+
+
+@contextmanager
+def evaluated(optimizer: Any) -> Iterator[None]:
+    "Inside, the weights are those that the optimizer would have evaluated; afterwards they are what they were, to the bit."
+    if not callable(getattr(optimizer, "eval", None)):
+        yield
+        return
+    saved = [(p, p.detach().clone()) for group in optimizer.param_groups for p in group["params"]]
+    set_mode(optimizer, training=False)
+    try:
+        yield
+    finally:
+        set_mode(optimizer, training=True)
+        for p, value in saved:  # going there and back is rounded
+            p.data.copy_(value)
+
+# %% ../nbs/23_evaluate.ipynb #fec5ba4e
 class Members(Scopes):
     "Players, their data and their history: what every part of a learner shares."
 
@@ -42,6 +65,7 @@ class Members(Scopes):
     loader: str = ""  # the name of the loader under evaluation
     batch: Any = None
     pred: Any = None  # what the last forward gave
+    targets: tuple = ()  # what it is compared with; a callback may replace both at `after_forward`
 
     def modules(self) -> list[nn.Module]:
         "Every module of every player, each once, submodules included."
@@ -53,10 +77,15 @@ class Members(Scopes):
         before = self.state
         try:
             self.state = state
-            with evaluating(*(top for player in self.players for top in player.modules.values())):
+            with evaluating(*(top for player in self.players for top in player.modules.values())), ExitStack() as stack:
+                if before not in ("validating", "testing", "predicting"):  # samples may be drawn in a validation
+                    for player in self.players:
+                        stack.enter_context(evaluated(getattr(player, "opt", None)))
+                    for cb in self.cbs:
+                        stack.enter_context(cb.observing(self))
                 yield
         finally:
-            self.state, self.batch, self.pred = before, None, None
+            self.state, self.batch, self.pred, self.targets = before, None, None, ()
 
 # %% ../nbs/23_evaluate.ipynb #0fb0a86e
 class Walk(Members):
@@ -164,6 +193,9 @@ class Measure(Hooks):
             raise ValueError("there is nothing to test on: give the learner a test loader, or test(dl)")
         return self._measure("test", "test", loaders, self.test_step, self.test_epoch_end, True)
 
+    def _recorded(self, results: Mapping[str, float]) -> None:
+        "These were just recorded; a learner tells the schedules that follow one of them."
+
     def _measure(
         self, what: str, split: str, loaders: Mapping[str, Any], step: Callable, epoch_end: Callable, record: bool
     ) -> dict[str, float]:
@@ -180,6 +212,7 @@ class Measure(Hooks):
             results.update({f"{split}/{name}": float(value) for name, value in scalars(epoch_end(outputs), "score").items()})
             for name, value in results.items() if record else ():
                 self.history.add(name, value, self.step)
+            self._recorded(results if record else {})
 
         with self.observing({"validate": "validating", "test": "testing"}[what]):
             return results if self._scope(what, body, CancelValidate) else {}

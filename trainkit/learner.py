@@ -12,31 +12,35 @@ import pkgutil
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from .callback import Callback, Cancel, CancelBatch, CancelEpoch, CancelFit, CancelTurn
+from .callback import Callback, Cancel, CancelBatch, CancelEpoch, CancelFit, CancelStep, CancelTurn
 from .checkpoint import Checkpoints
-from .data import BatchStream, Loaders, as_loaders, checked_split, describe, length_of, split_batch, worker_safe
+from .data import (
+    BatchStream, Loaders, as_loaders, batch_size_of, checked_split, describe, length_of, split_batch, worker_safe)  # fmt: skip
 from .device import (
     Precision, apply_channels_last, compile_module, pick_device, seed_everything, to_device, wants_channels_last)  # fmt: skip
 from .environment import where
+from .evaluate import set_mode
 from .history import History
 from .metrics import MetricSet
 from .optim import OptimBuilder
-from .player import Player, freeze, losses_of, move, others_of, thaw, total_of, weighted_sum
-from .schedule import check_warmup
+from .plan import Ahead, plan_schedules
+from trainkit.player import (
+    Player, freeze, losses_of, mean_gradient, move, others_of, own_parameters, share, thaw, total_of, weighted_sum,
+    whole_batches)  # fmt: skip
 from .settings import KEYS, Settings, load_settings
 from .state import AutoSave, Restore, best_mode
 
 # %% auto #0
-__all__ = ['SYNONYMS', 'Turns', 'Move', 'Target', 'count', 'Marks', 'Loop', 'Stoppable', 'two_stage_interrupt', 'plan_schedules',
-           'Plan', 'Running', 'Fit', 'as_players', 'Steps', 'blaming', 'Placed', 'Shown', 'check_keywords', 'Learner']
+__all__ = ['SYNONYMS', 'Turns', 'Move', 'Target', 'count', 'Marks', 'Loop', 'Stoppable', 'two_stage_interrupt', 'Plan', 'Running',
+           'Fit', 'as_players', 'gathering', 'Steps', 'blaming', 'Placed', 'Shown', 'check_keywords', 'Learner']
 
 # %% ../nbs/25_learner.ipynb #16623574
 class Turns(Restore):
@@ -46,6 +50,7 @@ class Turns(Restore):
     loss: Any = None  # the scalar tensor to be minimised; a callback may replace it until the backward
     losses: dict[str, Tensor] = {}  # its terms
     torn: str | None = None  # the player inside whose optimizer step an interrupt struck
+    stepped: bool = False  # did the optimizer change anything in this turn?
     _others: dict[str, list[nn.Parameter]]  # per player, what is frozen in its turn
     _prefix: dict[str, str]  # per player, how its series begin in the history
 
@@ -75,35 +80,80 @@ class Turns(Restore):
             self._scope("turn", lambda: self._turn(player), CancelTurn)
         finally:
             thaw(self._frozen)
-            player.opt.zero_grad()
-            self.player = self.pred = self.loss = None
+            if not player.window:
+                player.opt.zero_grad()
+            self.player, self.pred, self.loss, self.targets = None, None, None, ()
 
     def _turn(self, player: Player) -> None:
         raise NotImplementedError
+
+    def prefix(self, player: Player) -> str:
+        "How the player's series begin in the history."
+        return self._prefix[player.name]
+
+    def player_named(self, name: str) -> Player:
+        "The player of that name; ValueError with those there are."
+        names = [player.name for player in self.players]
+        if name not in names:
+            raise ValueError(f"there is no player {name!r}; there are: {', '.join(names)}")
+        return self.players[names.index(name)]
 
 # %% ../nbs/25_learner.ipynb #7de85f20
 class Move(Turns):
     "A turn: forward, loss, backward, step."
 
+    _moving: dict[str, list[Any]] = {}  # per player, callbacks' schedules that count its updates
+    _late: bool = False  # the epoch is over, and what is left over makes a step
+
     def _turn(self, player: Player) -> None:
-        self._forwarded = False
+        self._forwarded = self.stepped = self._called = False
+        if self._late:
+            return self._late_step(player)
         with self.precision.autocast():
             self.losses = losses_of(player, self.training_step(self.batch))
             if not self._forwarded:
                 self.forward_done(self.pred)
             self.loss = total_of(player, self.losses)
+        lr = player.opt.param_groups[0]["lr"]
+        with suppress(CancelStep):
+            self._descend(player)
+        self._record(player, lr)
+        if self._called:
+            self.emit("after_step")
+
+    def _late_step(self, player: Player) -> None:
+        with suppress(CancelStep):
+            self._step(player)
+        if self._called:
+            self.emit("after_step")
+
+    def _descend(self, player: Player) -> None:
         self.emit("after_loss")
         self.emit("before_backward")
-        self.loss.backward() if player.scaler is None else player.scaler.scale(self.loss).backward()
+        samples = batch_size_of(self.batch) if player.accumulate > 1 else 1
+        loss = self.loss * share(player, samples) if player.window else self.loss
+        gathered, player.window = player.window, []  # what cuts in here drops what was gathered
+        loss.backward() if player.scaler is None else player.scaler.scale(loss).backward()
         self.emit("after_backward")
+        player.window = [*gathered, samples]
+        if len(player.window) >= player.accumulate:
+            self._step(player)
+
+    def _step(self, player: Player) -> None:
         if player.scaler is not None:
             player.scaler.unscale_(player.opt)
-        self.emit("before_step")
-        lr, self.torn = player.opt.param_groups[0]["lr"], player.name
+        mean_gradient(player)
+        try:
+            self.emit("before_step")
+        except BaseException:
+            if player.scaler is not None:
+                player.scaler.update()  # it is waiting for a step that won't come
+            raise
+        self.torn = player.name
         self.stepped = move(player)
-        self.torn = None
-        self._record(player, lr)
-        self.emit("after_step")
+        self.torn, self._called = None, True
+        for schedule in self._moving.get(player.name, ()) if self.stepped else ():
+            schedule.advance()
 
     def _record(self, player: Player, lr: float) -> None:
         "Losses and learning rate of the turn, without waiting for the device."
@@ -156,6 +206,8 @@ class Marks(Move):
     owed: bool = False  # a validation belongs to this step and isn't done
     broken: bool = False  # an interrupt or an error struck inside a batch
     _stopping: str | None = None  # "stopped" or "interrupted", once asked for
+    _ticking: dict[str, list[Any]] = {}  # in a fit: the schedules that count steps, epochs, or follow a metric
+    _ticked: int = 0  # steps told to them
 
     def _complete(self) -> bool:
         return self.target.reached(self.epoch, self.step) and not (self.owed or self.drawn)
@@ -163,6 +215,22 @@ class Marks(Move):
     def _after_round(self) -> None:
         every = self.target.validate_every
         self.owed = bool(self.loaders.valid and every and self.step % every == 0)
+        while self._ticked < self.step:
+            self._ticked += 1
+            self._tick("step")
+
+    def _tick(self, by: str) -> None:
+        for schedule in self._ticking.get(by, ()):
+            schedule.advance()
+
+    def _count_epoch(self) -> None:
+        self.epoch, self.drawn = self.epoch + 1, False
+        self._tick("epoch")
+
+    def _recorded(self, results: Mapping[str, float]) -> None:
+        for schedule in self._ticking.get("metric", ()):
+            if schedule.monitor in results:
+                schedule.observe(results[schedule.monitor])
 
 # %% ../nbs/25_learner.ipynb #01be059c
 class Loop(Marks):
@@ -174,7 +242,9 @@ class Loop(Marks):
             finished, step = self.epoch + 1, self.step
             if not self._scope("epoch", self._epoch, CancelEpoch):
                 self.stream.end_epoch()
-            self.epoch, self.drawn = finished, False
+                self._drop_windows()
+            if self.epoch < finished:
+                self._count_epoch()
             idle = idle + 1 if self.step == step and self.target.step else 0
             if idle == 100:
                 raise RuntimeError("100 epochs in a row were cancelled, no step was made, and fit(steps=…) waits for steps")
@@ -192,10 +262,13 @@ class Loop(Marks):
             self.broken = False
             self._after_round()
             self._between()
+        if not self.drawn:
+            self._leftovers()
         self.drawn = True
         if self.loaders.valid and not self.target.validate_every:
             self.validate()
-        self.epoch, self.drawn = self.epoch + 1, False
+        self._recorded(self._means())
+        self._count_epoch()
         self.history.mark("epoch", self.step, str(self.epoch))
 
     def _between(self) -> None:
@@ -206,6 +279,31 @@ class Loop(Marks):
         enough = self.target.step is not None and self.step >= self.target.step
         if (self._stopping or enough) and not self.stream.at_end:
             raise _Pause
+
+    def _leftovers(self) -> None:
+        "The epoch is over: gradients that still wait for more turns make a step without a forward."
+        self.batch, self.broken, self._late = None, True, True
+        try:
+            for player in self.players:
+                if player.window:
+                    with suppress(CancelBatch):
+                        self._take_turn(player)
+        finally:
+            self._late = False
+        self.broken = False
+
+    def _drop_windows(self) -> None:
+        for player in self.players:
+            if player.window:
+                player.window = []
+                player.opt.zero_grad()
+
+    def _means(self) -> dict[str, float]:
+        "This epoch's means of the training series that a schedule follows."
+        followed = {s.monitor for s in self._ticking.get("metric", ())} & {*self.history.names()}
+        start = max((mark.step for mark in self.history.marks if mark.kind == "epoch"), default=0)
+        found = {name: self.history.scalars[name] for name in followed if not name.startswith("valid")}
+        return {name: float(values[steps > start].mean()) for name, (steps, values) in found.items() if (steps > start).any()}
 
 # %% ../nbs/25_learner.ipynb #beffb900
 class Stoppable(Loop):
@@ -265,45 +363,6 @@ def two_stage_interrupt(ask: Callable[[], None]) -> Iterator[None]:
         signal.signal(signal.SIGINT, old)
 
 # %% ../nbs/25_learner.ipynb #e7a019cc
-def plan_schedules(
-    players: Iterable[Player],  # whose schedules
-    step: int,  # steps done
-    left: int | None,  # steps to come; None when the loader can't tell
-    beyond: str | None,  # "hold", "restart" or "stretch"; None asks
-) -> None:
-    "Tell every schedule how long it is, or raise ValueError having changed none."
-    if beyond not in (None, "hold", "restart", "stretch"):
-        raise ValueError(f"fit(schedule=…) takes 'hold', 'restart' or 'stretch'; received {beyond!r}")
-    todo: list[tuple[Player, Callable[[int], None], int]] = []
-    for player in players:
-        schedule = player.schedule
-        if not schedule.needs_total:
-            continue
-        turns = None if left is None else player.turns(step, step + left)
-        if schedule.total is None:
-            if turns is None:
-                raise ValueError(f"player {player.name!r}: its schedule {schedule.name!r} must know its length, and the "
-                                 "loader has none: use fit(steps=…) or OptimBuilder(total=…)")  # fmt: skip
-            if turns:
-                todo.append((player, schedule.set_total, schedule.update + turns))
-        elif turns and beyond in ("restart", "stretch"):
-            again = beyond == "restart"
-            todo.append((player, schedule.restart if again else schedule.stretch, turns if again else schedule.update + turns))
-        elif turns and beyond is None:
-            if schedule.update + turns > schedule.total:
-                raise ValueError(
-                    f"player {player.name!r}: its schedule {schedule.name!r} ends at update {schedule.total}, and this fit "
-                    f"would go on to {schedule.update + turns}. Say fit(…, schedule='hold') to stay at its end, 'restart' "
-                    "for a new curve over this fit, or 'stretch' to lay the curve over the new length")  # fmt: skip
-    for player, _, n in todo:
-        try:
-            check_warmup(player.schedule.warmup, n)
-        except ValueError as error:
-            raise ValueError(f"player {player.name!r}: {error}") from error
-    for _, act, n in todo:
-        act(n)
-
-# %% ../nbs/25_learner.ipynb #2d98ceb7
 class Plan(Stoppable):
     "Checks a fit before it starts."
 
@@ -334,10 +393,33 @@ class Plan(Stoppable):
         for player in self.players:
             if not any(p.requires_grad for p in player.parameters()):
                 raise ValueError(f"player {player.name!r} has no trainable parameter: all are frozen, or it has none")
-        left = self._steps_to(target)
-        plan_schedules(self.players, self.step, left, target.schedule)
+        for cb in self.cbs:
+            cb.setup(self)
+        self._plan(target)
         self.target = replace(target, schedule="hold" if target.schedule else None)  # a restart is not repeated
-        self.fit_start, self.fit_steps = self.step, left
+
+    def _plan(self, target: Target) -> None:
+        left, clocks = self._steps_to(target), self._clocks()
+        epochs = None if target.epoch is None else target.epoch - self.epoch - self.drawn
+        self._ahead = Ahead(self.step, left, self.batches_per_epoch, self.batch_idx, epochs)
+        plan_schedules([(who, s, self._ahead.units(s.by, player)) for who, s, player in clocks], target.schedule)
+        self._moving = {p.name: [s for who, s, player in clocks if player is p and s.by == "update"
+                                 and s not in p.schedules.values()] for p in self.players}  # fmt: skip
+        self._ticking = {by: [s for _, s, _ in clocks if s.by == by] for by in ("step", "epoch", "metric")}
+        self.fit_start, self.fit_steps, self._ticked = self.step, left, self.step
+
+    def _clocks(self) -> list[tuple[str, Any, Player | None]]:
+        "Every schedule: whose it is, itself, and the player whose updates it may count."
+        own = [(f"player {p.name!r}", s, p) for p in self.players for s in p.schedules.values()]
+        return own + [(key, s, player) for cb in self.cbs for key, (s, player) in cb.schedules(self).items()]
+
+    def planned(
+        self,
+        by: str,  # "update", "step" or "epoch"
+        player: Player | None = None,  # whose updates
+    ) -> int | None:
+        "How many of these this fit will make in all; None when nobody can tell."
+        return self._ahead.units(by, player)
 
     def _steps_to(self, target: Target) -> int | None:
         if target.step is not None:
@@ -358,6 +440,8 @@ class Running(Plan):
             for module in {m for player in self.players for m in player.modules.values()}:
                 if not module.training:  # in training as a whole, its parts keep the modes that their owner chose
                     module.train()
+            for player in self.players:
+                set_mode(player.opt, training=True)
             self.emit("before_fit")
             try:
                 self._loop()
@@ -424,6 +508,7 @@ class Fit(Running):
                 module.training = mode
             self._fitting, self._stopping = False, None
             self.batch = self.pred = self.loss = None
+            self._ticking, self._moving = {}, {}
             self.history.flush()
 
     def _interrupted(self) -> None:
@@ -442,6 +527,16 @@ def as_players(model: Any, loss: Any, opt: Any) -> list[Player]:
     names = [player.name for player in players]
     if len(set(names)) < len(names):
         raise ValueError(f"players need distinct names; received {names}")
+    return players
+
+
+def gathering(players: list[Player], accumulate: int | Mapping[str, int] | None) -> list[Player]:
+    "The players, with the number of turns that make a step."
+    wanted = accumulate if isinstance(accumulate, Mapping) else {p.name: accumulate for p in players if accumulate is not None}
+    if strange := wanted.keys() - {player.name for player in players}:
+        raise ValueError(f"accumulate names {sorted(strange)}; the players are {', '.join(p.name for p in players)}")
+    for player in players:
+        player.accumulate = whole_batches(player.name, "accumulate", wanted.get(player.name, player.accumulate))
     return players
 
 # %% ../nbs/25_learner.ipynb #ba661955
@@ -470,7 +565,7 @@ class Steps(Fit):
         if len(player.modules) > 1:
             raise ValueError(f"player {player.name!r} has {len(player.modules)} modules: give it a step= that says what they do")
         inputs, named, targets = self.split(batch)
-        pred = next(iter(player.modules.values()))(*inputs, **named)
+        self.targets, pred = targets, next(iter(player.modules.values()))(*inputs, **named)
         if self.player is None:
             self.pred = pred
         else:
@@ -480,7 +575,7 @@ class Steps(Fit):
         if not targets:
             raise ValueError(f"player {player.name!r} has a loss of (pred, target), and the batch ({describe(batch)}) has no "
                              "target: give (input, target) batches, a split= function, or override training_step")  # fmt: skip
-        return {term.name: term.fn(self.pred, *targets) for term in player.terms}
+        return {term.name: term.fn(self.pred, *self.targets) for term in player.terms}
 
     @property
     def model(self) -> nn.Module:
@@ -527,6 +622,7 @@ class Placed(Steps):
                 with blaming(settings, [key for key in KEYS if key[0] != "trainkit"]):
                     player.builder = OptimBuilder.from_settings(vars(settings.optimizer), vars(settings.scheduler))
             player.build(self.precision)
+        own_parameters(self.players)
         self._others, self._lrs = others_of(self.players), {}
         self._prefix = {p.name: f"train/{p.name}/" if len(self.players) > 1 else "train/" for p in self.players}
 
@@ -606,6 +702,7 @@ class Learner(Shown):
         cbs: Callback | Iterable[Callback] = (),  # callbacks
         run: str | Path | None = None,  # folder of checkpoints and history (a bare name: in the settings' runs); None: no disk
         split: Callable[[Any], Any] = split_batch,  # batch -> (inputs, keyword inputs, targets)
+        accumulate: int | Mapping[str, int] | None = None,  # turns whose mean gradient makes a step; or player -> turns
         compile: bool | dict = False,  # torch.compile's options, or True
         **settings: Any,  # any key of settings.ini's [trainkit] section: device, precision, seed, monitor, front …
     ):
@@ -613,7 +710,7 @@ class Learner(Shown):
         self.settings = load_settings(**settings)
         if self.settings.seed is not None:
             seed_everything(self.settings.seed)
-        self.players, self.split = as_players(model, loss, opt), checked_split(split)
+        self.players, self.split = gathering(as_players(model, loss, opt), accumulate), checked_split(split)
         loaders = as_loaders(dls, batch_size=self.settings.batch_size)
         valid, test = ({name: worker_safe(dl) for name, dl in dls.items()} for dls in (loaders.valid, loaders.test))
         self.loaders = Loaders(loaders.train, valid, test)

@@ -21,9 +21,9 @@ from .optim import OptimBuilder, as_builder
 from .schedule import Schedule
 
 # %% auto #0
-__all__ = ['LOSSES', 'Term', 'get_loss', 'as_terms', 'named_modules', 'unwrapped', 'checked_terms', 'PlayerPlan', 'Player',
-           'BadLoss', 'losses_of', 'weighted_sum', 'total_of', 'move', 'others_of', 'freeze', 'thaw', 'player_state',
-           'load_player']
+__all__ = ['LOSSES', 'Term', 'get_loss', 'as_terms', 'named_modules', 'unwrapped', 'checked_terms', 'whole_batches', 'PlayerPlan',
+           'Player', 'BadLoss', 'losses_of', 'weighted_sum', 'total_of', 'move', 'share', 'mean_gradient',
+           'own_parameters', 'others_of', 'freeze', 'thaw', 'player_state', 'load_player']
 
 # %% ../nbs/21_player.ipynb #490c5531
 @dataclass
@@ -128,6 +128,13 @@ def checked_terms(name: str, terms: list[Term], weights: Mapping[str, float] | N
     return terms
 
 # %% ../nbs/21_player.ipynb #1b00ad25
+def whole_batches(name: str, what: str, value: Any) -> int:
+    "A number of batches, or ValueError that says what was received."
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"player {name!r}: {what} must be a whole number of batches >= 1; received {value!r}")
+    return value
+
+# %% ../nbs/21_player.ipynb #27a7faf4
 class PlayerPlan:
     "Who a player is, checked when it is written down."
 
@@ -139,19 +146,20 @@ class PlayerPlan:
         *,
         opt: Any = None,  # an OptimBuilder, a name, a class or a dict; None takes the learner's
         every: int = 1,  # moves in each `every`-th batch
+        accumulate: int = 1,  # turns whose mean gradient makes one optimizer step
         step: Callable[[Any, Any], Any] | None = None,  # step(learn, batch) -> tensor or dict of named terms
         weights: Mapping[str, float] | None = None,  # weights of the terms that `step` returns; 1 where absent
     ):
         if not isinstance(name, str) or not name or "/" in name:
             raise ValueError(f"a player's name is a non-empty string without '/'; received {name!r}")
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"player {name!r}: every must be a whole number of batches >= 1; received {every!r}")
-        self.name, self.every, self.step = name, every, step
+        self.name, self.step = name, step
+        self.every, self.accumulate = whole_batches(name, "every", every), whole_batches(name, "accumulate", accumulate)
         self.modules = named_modules(name, modules)
         self.terms = checked_terms(name, as_terms(loss) if loss is not None else [], weights)
         self.weights = {**{term.name: float(term.weight) for term in self.terms}, **(weights or {})}
         self.builder = as_builder(opt) if opt is not None else None
         self.updates = 0  # optimizer steps made
+        self.window: list[int] = []  # samples in each turn since then, whose gradients are summed up
 
     def due(self, step: int) -> bool:
         "Is it this player's turn in the batch after `step` batches?"
@@ -166,7 +174,7 @@ class Player(PlayerPlan):
     "Moves in its turn: changes its modules' weights by one optimizer step on its loss."
 
     opt: torch.optim.Optimizer  # these are there once the player is built
-    schedule: Schedule
+    schedules: dict[str, Schedule]  # by the option they move: "lr" and what else the plan says
     scaler: torch.amp.GradScaler | None = None
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -189,12 +197,18 @@ class Player(PlayerPlan):
             self.opt = self.builder.build([*self.named_parameters()])
         except (TypeError, ValueError) as error:
             raise type(error)(f"player {self.name!r}: {error}") from error
-        self.schedule = self.builder.schedule_for(self.opt)
+        self.schedules = self.builder.schedules_for(self.opt) if hasattr(self.builder, "schedules_for") else {"lr": self.builder.schedule_for(self.opt)}
         self.scaler = precision.scaler()
+
+    @property
+    def schedule(self) -> Schedule:
+        "The schedule of the learning rate."
+        return self.schedules["lr"]
 
     def __repr__(self) -> str:
         n = sum(p.numel() for p in self.parameters())
         moves = "" if self.every == 1 else f", every {self.every} batches"
+        moves += "" if self.accumulate == 1 else f", accumulate={self.accumulate}"
         return f"Player({self.name!r}, {n:,} parameters, {self.builder or 'no optimizer yet'}{moves})"
 
 # %% ../nbs/21_player.ipynb #23feb6dc
@@ -247,8 +261,34 @@ def move(player: Player) -> bool:
         if player.scaler.get_scale() < scale:
             return False
     player.updates += 1
-    player.schedule.advance()
+    for schedule in player.schedules.values():
+        if schedule.by == "update":
+            schedule.advance()
     return True
+
+# %% ../nbs/21_player.ipynb #ed85c938
+def share(player: Player, samples: int) -> float:
+    "By what a turn's mean loss is multiplied before its backward: its samples over those of the window's first turn."
+    return samples / player.window[0] if player.window else 1.0
+
+
+def mean_gradient(player: Player) -> None:
+    "Make the gradients summed up over the window their mean, and begin a new window."
+    window, player.window = player.window, []
+    if len(window) > 1:
+        for p in player.parameters():
+            if p.grad is not None:
+                p.grad.div_(sum(window) / window[0])
+
+
+def own_parameters(players: list[Player]) -> None:
+    "ValueError for a player that accumulates gradients in a parameter that another one trains, too."
+    for player in players:
+        mine = {id(p): name for name, p in player.named_parameters()} if player.accumulate > 1 else {}
+        for other in players:
+            if other is not player and (both := [mine[id(p)] for p in other.parameters() if id(p) in mine]):
+                raise ValueError(f"player {player.name!r} has accumulate={player.accumulate} and shares {', '.join(both)} with "
+                                 f"player {other.name!r}: their gradients would mix. Take larger batches instead")  # fmt: skip
 
 # %% ../nbs/21_player.ipynb #261faa7b
 def others_of(players: list[Player]) -> dict[str, list[nn.Parameter]]:
@@ -281,13 +321,16 @@ def player_state(player: Player) -> dict[str, Any]:
         "modules": {name: unwrapped(module).state_dict() for name, module in player.modules.items()},
         "losses": {t.name: s for t in player.terms if isinstance(t.fn, nn.Module) and (s := t.fn.state_dict())},
         "optimizer": player.opt.state_dict(),
-        "schedule": player.schedule.state_dict(),
+        "schedules": {option: schedule.state_dict() for option, schedule in player.schedules.items()},
         "scaler": player.scaler.state_dict() if player.scaler else {},
         "optimizer_class": type(player.opt).__name__,
         "plan": repr(player.builder),
         "updates": player.updates,
         "weights": dict(player.weights),
         "every": player.every,
+        "accumulate": player.accumulate,
+        "window": list(player.window),
+        "gradients": {n: p.grad for n, p in player.named_parameters() if player.window and p.grad is not None},
     }
 
 
@@ -299,7 +342,12 @@ def load_player(player: Player, state: dict[str, Any]) -> None:
         if isinstance(term.fn, nn.Module) and term.name in state["losses"]:
             term.fn.load_state_dict(state["losses"][term.name])
     player.opt.load_state_dict(state["optimizer"])
-    player.schedule.load_state_dict(state["schedule"])
+    for option, schedule in player.schedules.items():
+        schedule.load_state_dict(state["schedules"][option])
     if player.scaler is not None and state["scaler"]:
         player.scaler.load_state_dict(state["scaler"])
     player.updates, player.weights, player.every = state["updates"], dict(state["weights"]), state["every"]
+    player.accumulate, player.window = state["accumulate"], list(state["window"])
+    for name, p in player.named_parameters():
+        saved = state["gradients"].get(name)
+        p.grad = None if saved is None else torch.empty_like(p, requires_grad=False).copy_(saved)

@@ -25,8 +25,8 @@ from .evaluate import Predict
 from .player import load_player, player_state
 
 # %% auto #0
-__all__ = ['MORE', 'LESS', 'AUTOMATIC', 'RestoreError', 'State', 'groups_of', 'player_differences', 'overruled', 'Loadable',
-           'RunFolder', 'best_mode', 'Scored', 'Restore', 'AutoSave']
+__all__ = ['MORE', 'LESS', 'AUTOMATIC', 'RestoreError', 'State', 'groups_of', 'named', 'player_differences', 'overruled',
+           'Loadable', 'RunFolder', 'best_mode', 'Scored', 'Restore', 'AutoSave']
 
 # %% ../nbs/24_state.ipynb #7a8ea63e
 class RestoreError(ValueError):
@@ -78,6 +78,11 @@ def groups_of(optimizer_state: dict[str, Any]) -> list[int]:
     return [len(group["params"]) for group in optimizer_state.get("param_groups", [])]
 
 
+def named(schedules: dict[str, Any]) -> str:
+    "The schedules of a player in a few words."
+    return ", ".join(f"{state.get('name')!r}" + f" of {key}" * (key != "lr") for key, state in sorted(schedules.items()))
+
+
 def player_differences(name: str, saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     "Why a player's saved state can't be loaded into the present one, in words; empty when it can."
     found = [f"{name}: {line}" for part in ("modules", "losses") for line in diff_state(saved[part], now[part])]
@@ -85,8 +90,8 @@ def player_differences(name: str, saved: dict[str, Any], now: dict[str, Any]) ->
         found.append(f"{name}: the optimizer was {saved['optimizer_class']}, now {now['optimizer_class']}")
     elif (a := groups_of(saved["optimizer"])) != (b := groups_of(now["optimizer"])):
         found.append(f"{name}: the optimizer had parameter groups of {a} tensors, now {b}")
-    if (a := saved["schedule"].get("name")) != (b := now["schedule"].get("name")):
-        found.append(f"{name}: the schedule was {a!r}, now {b!r}")
+    if (was := named(saved["schedules"])) != (here := named(now["schedules"])):
+        found.append(f"{name}: the schedule was {was}, now {here}")
     if (a := sorted(saved["weights"])) != (b := sorted(now["weights"])):
         found.append(f"{name}: the terms with weights were {a}, now {b}")
     return found
@@ -94,7 +99,7 @@ def player_differences(name: str, saved: dict[str, Any], now: dict[str, Any]) ->
 
 def overruled(name: str, saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     "What the checkpoint says otherwise than the code, where the checkpoint's word counts."
-    keys = {"plan": "optimizer plan", "every": "cadence (every)", "weights": "term weights"}
+    keys = {"plan": "optimizer plan", "every": "cadence (every)", "accumulate": "accumulate", "weights": "term weights"}
     return [f"{name}: {what} {saved[k]} (the code says {now[k]})" for k, what in keys.items() if saved[k] != now[k]]
 
 # %% ../nbs/24_state.ipynb #3481f4cd
@@ -219,7 +224,7 @@ class Restore(Scored):
 class AutoSave(Callback):
     "Saves at the end of every epoch or each so many steps, and when a fit ends in a sound state."
 
-    order = 90
+    order, probing = 90, False
 
     def __init__(self, every: str | int = "epoch"):
         if every != "epoch" and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
