@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import operator
 import os
 import random
 import re
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 # %% auto #0
 __all__ = ['DTYPES', 'available_devices', 'pick_device', 'to_device', 'can_autocast', 'Precision', 'wants_channels_last',
            'apply_channels_last', 'compile_module', 'clean_keys', 'rng_state', 'set_rng_state', 'preserve_rng',
-           'seed_everything', 'evaluating']
+           'seed_for', 'seed_everything', 'seed_worker', 'evaluating']
 
 # %% ../nbs/10_device.ipynb #ae6d9223
 def available_devices() -> list[str]:
@@ -248,13 +249,35 @@ def preserve_rng() -> Iterator[None]:
         _set_rng(state)
 
 # %% ../nbs/10_device.ipynb #05ad685c
+def _whole(name: str, value: Any, below: int, most: str) -> int:
+    try:
+        n = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        n = -1
+    if not 0 <= n < below:
+        raise ValueError(f"{name} must be a whole number from 0 to {most}; received {value!r}")
+    return n
+
+
+def seed_for(
+    seed: int,  # of the run, below 2**64
+    *parts: int,  # who it is for: rank, worker, epoch, index …, each below 2**32
+) -> int:  # below 2**32: what NumPy, Python and torch all take
+    "A seed for one part of a run; other parts, in number or in order, give independent ones."
+    key = tuple(_whole("each part of a seed", part, 2**32, "2**32 - 1") for part in parts)
+    sequence = np.random.SeedSequence(_whole("seed", seed, 2**64, "2**64 - 1"), spawn_key=key)
+    return int(sequence.generate_state(1, np.uint32)[0])
+
+# %% ../nbs/10_device.ipynb #86c649e6
 def seed_everything(
     seed: int,  # 0 to 2**32 - 1, of all random generators
     deterministic: bool = False,  # have torch raise an error where it can't compute the same twice
+    rank: int = 0,  # of this process; 0 is seeded with `seed` itself
 ) -> None:
     "Seed torch on all devices, NumPy and Python."
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be a whole number from 0 to 2**32 - 1; received {seed!r}")
+    _whole("seed", seed, 2**32, "2**32 - 1")
+    if _whole("rank", rank, 2**32, "2**32 - 1"):
+        seed = seed_for(seed, rank)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -262,6 +285,14 @@ def seed_everything(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's linear algebra starts
         torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True)
+
+# %% ../nbs/10_device.ipynb #99a315f4
+def seed_worker(
+    worker_id: int,  # given by the DataLoader
+    rank: int = 0,  # of the process whose worker it is: worker_init_fn=functools.partial(seed_worker, rank=1)
+) -> None:
+    "For `DataLoader(worker_init_fn=seed_worker)`: seed all of a worker's generators, by its own torch seed and the rank."
+    seed_everything(seed_for(torch.initial_seed(), worker_id, rank))
 
 # %% ../nbs/10_device.ipynb #93e0cb0c
 @contextmanager

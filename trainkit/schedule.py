@@ -361,6 +361,12 @@ def check_state(schedule: BoundCurve, state: Mapping[str, Any]) -> dict[str, Any
 class Schedule(MovingCurve):
     "Learning rates over the updates of an optimizer, with a state, and ways to go on behind the end."
 
+    by: str = "update"  # what one unit of the curve is
+    monitor: str = ""  # the history series it goes by; none
+
+    def observe(self, value: float) -> None:
+        "Take a new value of the monitored series; this schedule goes by none."
+
     @property
     def done(self) -> bool:
         "Has the curve reached its end?"
