@@ -7,6 +7,7 @@ import random
 import re
 import types
 from collections import OrderedDict, UserDict, defaultdict, namedtuple
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_sequence
+from torch.utils.data import DataLoader, Dataset
 
 from trainkit import device as dev
 from trainkit.device import (
@@ -28,6 +30,8 @@ from trainkit.device import (
     preserve_rng,
     rng_state,
     seed_everything,  # fmt: skip
+    seed_for,
+    seed_worker,
     set_rng_state,
     to_device,
     wants_channels_last,
@@ -503,3 +507,101 @@ def test_deterministic_is_asked_of_torch(monkeypatch):
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     finally:
         torch.use_deterministic_algorithms(was)
+
+
+# ---------------------------------------------------------------- seeds
+
+
+@pytest.mark.parametrize("seed, parts, expected", [
+    (0, (), 2968811710), (0, (0,), 3757552657), (0, (0, 0), 4088532484), (0, (1, 0), 3953331965), (0, (0, 1), 3581274545),
+    (3407, (1, 2, 3, 4), 1876889165), (2**64 - 1, (2**32 - 1,), 1616936421),
+])  # fmt: skip
+def test_a_seed_for_a_part_is_the_same_on_every_platform(seed, parts, expected):
+    assert seed_for(seed, *parts) == seed_for(np.int64(seed) if seed < 2**63 else seed, *map(np.uint32, parts)) == expected
+
+
+def test_parts_get_streams_that_have_nothing_to_do_with_each_other():
+    parts = [(), *((rank,) for rank in range(30)), *((rank, worker) for rank in range(30) for worker in range(30))]
+    keys = [(seed, *part) for seed in range(4) for part in parts]
+    seeds = [seed_for(*key) for key in keys]
+    assert len(set(seeds)) == len(keys)
+    bits = (np.array(seeds, dtype=np.uint32)[:, None] >> np.arange(32, dtype=np.uint32)) & 1
+    n = len(seeds)
+    assert np.all(abs(bits.mean(0) - 0.5) < 5 * 0.5 / n**0.5)  # every bit is a fair coin …
+    assert np.all(abs((bits[1:] ^ bits[:-1]).mean(0) - 0.5) < 5 * 0.5 / n**0.5)  # … also from one part to the next
+
+
+@given(st.integers(0, 2**64 - 1), st.lists(st.integers(0, 2**32 - 1), max_size=4))
+def test_a_zero_more_is_another_part(seed, parts):
+    assert 0 <= seed_for(seed, *parts) < 2**32
+    assert seed_for(seed, *parts) != seed_for(seed, *parts, 0)
+
+
+@pytest.mark.parametrize("bad", [-1, 2**32, 1.5, "0", True, None])
+def test_bad_parts_and_ranks_are_named(bad):
+    with pytest.raises(ValueError, match=r"each part of a seed must be a whole number from 0 to 2\*\*32 - 1; received"):
+        seed_for(3, 0, bad)
+    expected = rng_state()["torch"]
+    with pytest.raises(ValueError, match=r"rank must be a whole number from 0 to 2\*\*32 - 1; received"):
+        seed_everything(3, rank=bad)
+    assert torch.equal(rng_state()["torch"], expected)
+    if bad != 2**32:
+        with pytest.raises(ValueError, match=r"seed must be a whole number from 0 to 2\*\*64 - 1; received"):
+            seed_for(bad)
+
+
+def test_rank_0_is_seeded_as_without_ranks_and_the_others_differ():
+    seed_everything(7)
+    first = draw()
+    random.seed(7), np.random.seed(7), torch.manual_seed(7)
+    assert draw() == first
+    drawn = []
+    for rank in range(4):
+        seed_everything(7, rank=rank)
+        drawn.append(draw())
+    assert drawn[0] == first and len({str(d) for d in drawn}) == 4
+
+
+class Draws(Dataset):
+    "Each sample: a number of Python's, NumPy's and torch's generator, and the worker it comes from."
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        worker = torch.utils.data.get_worker_info().id
+        return torch.tensor([random.random(), np.random.rand(), torch.rand(()).item(), worker], dtype=torch.float64)
+
+
+def two_epochs(how, init, persistent=False):
+    loader = DataLoader(Draws(), num_workers=2, multiprocessing_context=how, worker_init_fn=init, persistent_workers=persistent,
+                        generator=torch.Generator().manual_seed(0))  # fmt: skip
+    return torch.stack([torch.cat([*loader]) for _ in range(2)])  # epoch, sample, generator
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_workers_draw_their_own_numbers_each_epoch_and_the_same_each_run():
+    first = two_epochs("fork", seed_worker)
+    assert sorted(first[0, :, 3].tolist()) == [0, 0, 1, 1]
+    drawn = first[..., :3]
+    assert len(drawn.unique()) == drawn.numel() == 24
+    assert torch.equal(two_epochs("fork", seed_worker), first)
+    other = two_epochs("fork", partial(seed_worker, rank=1))
+    assert len(torch.cat([drawn, other[..., :3]]).unique()) == 48
+
+
+def test_workers_that_are_spawned_draw_what_forked_ones_do():
+    spawned = two_epochs("spawn", partial(seed_worker, rank=1), persistent=True)
+    drawn = spawned[..., :3]
+    assert len(drawn.unique()) == drawn.numel() == 24
+    if hasattr(os, "fork"):
+        assert torch.equal(spawned, two_epochs("fork", partial(seed_worker, rank=1), persistent=True))
+
+
+def test_in_a_worker_all_three_generators_are_seeded_by_its_torch_seed():
+    torch.manual_seed(2**40 + 1)
+    seed_worker(1)
+    first, seeded = draw(), torch.initial_seed()
+    assert seeded == seed_for(2**40 + 1, 1, 0)
+    seed_everything(seeded)
+    assert draw() == first

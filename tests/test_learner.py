@@ -4,6 +4,8 @@ import copy
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import warnings
 
@@ -27,6 +29,7 @@ from trainkit.callback import (
     CancelValidate,
     On,
 )
+from trainkit.checkpoint import CheckpointError, Checkpoints
 from trainkit.learner import Learner, Target
 from trainkit.optim import OptimBuilder
 from trainkit.player import Player
@@ -1198,3 +1201,108 @@ def test_front_that_is_missing_is_said_once():
 def test_bad_construction(args, message):
     with pytest.raises((TypeError, ValueError), match=message):
         Learner(*args)
+
+
+# ------------------------------------------------------------------------------------------- one folder, two learners
+
+
+def test_a_newer_learner_takes_the_folder_and_the_older_one_trains_on(tmp_path):
+    old = learner(run=tmp_path / "run")
+    old.fit(epochs=1)
+    new = learner(run=tmp_path / "run")
+    new.restore()
+    old.fit(epochs=1)  # looking took nothing away
+    new.restore()
+    new.fit(epochs=1)
+    ids = [entry.id for entry in new.checkpoints]
+    with pytest.raises(CheckpointError, match="belongs to another learner"):
+        old.fit(epochs=1)
+    with pytest.raises(CheckpointError, match="belongs to another learner"):
+        old.save()
+    assert [entry.id for entry in new.checkpoints] == ids
+    old.restore()
+    old.fit(epochs=1)
+    assert (old.step, old.state) == (new.step + 5, "finished")
+
+
+def test_a_folder_taken_while_a_fit_runs(tmp_path):
+    "The older one says it once an epoch, and trains on."
+    old, new = learner(run=tmp_path / "run"), learner(run=tmp_path / "run")
+
+    def take(_):
+        if old.step == 7:
+            old.checkpoints.wait()
+            new.restore()
+            new.save()
+
+    old.add(On("after_batch", take))
+    with pytest.warns(UserWarning, match="training goes on: .* belongs to another learner"):
+        old.fit(epochs=3)
+    assert old.state == "finished" and [entry.id for entry in new.checkpoints] == ["5", "5-1"]
+
+
+def test_a_folder_in_which_another_process_trains(tmp_path):
+    learn = learner(run=tmp_path / "run")
+    learn.fit(epochs=1)
+    code = f"""if True:
+        import sys, fcntl
+        file = open({str(tmp_path / "run" / "checkpoints" / "lock")!r}, "a")
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        print("inside", flush=True)
+        sys.stdin.read()
+    """
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline().strip() == "inside"
+        with pytest.raises(CheckpointError, match="is training in"):
+            learn.fit(epochs=1)
+        with pytest.raises(CheckpointError, match="is training in"):
+            learner(run=tmp_path / "run").fit(epochs=1)  # nothing was moved aside either
+        assert [p.name for p in tmp_path.iterdir()] == ["run"]
+    finally:
+        other.communicate()
+    learn.fit(epochs=1)
+    assert learn.state == "finished"
+
+
+# --------------------------------------------------------------------------------------------- writing in the background
+
+
+def test_what_goes_wrong_in_the_background_is_said_at_the_next_step(tmp_path, monkeypatch):
+    learn = learner(run=tmp_path / "run", save_every=3)
+    real, calls = torch.save, []
+
+    def slow_and_full(*args, **kw):
+        calls.append(threading.current_thread() is threading.main_thread())
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        return real(*args, **kw)
+
+    monkeypatch.setattr(torch, "save", slow_and_full)
+    with pytest.warns(UserWarning, match="a checkpoint is missing, training goes on: .*ckpt-000000006.pt: .*No space left"):
+        learn.fit(epochs=2)
+    assert learn.state == "finished" and not any(calls) and "6" not in [e.id for e in learn.checkpoints]
+    assert threading.active_count() == 1
+
+
+def test_a_state_that_goes_on_changing_is_saved_as_it_was(tmp_path):
+    learn = learner(run=tmp_path / "run", save_every=1, keep=99)
+    seen = []
+    learn.add(On("after_batch", lambda l: seen.append(copy.deepcopy(weights(l)))))
+    learn.fit(epochs=1)
+    for entry in learn.checkpoints:
+        learn.restore(entry)
+        assert_same(weights(learn), seen[entry.step - 1])
+
+
+def test_a_process_that_ends_finishes_its_file(tmp_path):
+    code = f"""if True:
+        import time, torch
+        from trainkit.checkpoint import Checkpoints, write_atomically
+        import trainkit.checkpoint as c
+        real = torch.save
+        torch.save = lambda *a, **k: (time.sleep(0.5), real(*a, **k))
+        Checkpoints({str(tmp_path / "c")!r}).save({{"x": torch.ones(3)}}, 7, background=True)
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert Checkpoints(tmp_path / "c").load()[0]["x"].tolist() == [1, 1, 1]

@@ -12,7 +12,18 @@ from torch import nn
 from torch.optim import lr_scheduler as torchs
 
 from trainkit import schedule as sch
-from trainkit.schedule import Curve, PlannedCurve, Schedule, find_scheduler, register_scheduler
+from trainkit import shapes
+from trainkit.checkpoint import check_plain
+from trainkit.schedule import (
+    AttributeKnob,
+    Curve,
+    Knob,
+    OptionKnob,
+    PlannedCurve,
+    Schedule,
+    find_scheduler,
+    register_scheduler,
+)
 
 DECAYING = {  # every shape that comes with the toolkit and never rises, with options it needs
     "constant": {}, "linear": {}, "cosine": {}, "polynomial": {"power": 3}, "wsd": {"decay": 0.3},
@@ -328,12 +339,20 @@ def test_restart_and_stretch():
     "change, message",
     [
         ({"name": "linear"}, "of scheduler 'linear', and this one is 'cosine'"),
-        ({"base_lrs": [0.1, 0.2]}, "2 base learning rates, and the optimizer 1 parameter groups"),
+        ({"bases": [0.1, 0.2]}, "2 base values of lr, and there are 1 places for them"),
+        ({"bases": [float("nan")]}, "a base value must be a finite number; received nan"),
+        ({"bases": []}, "no base values of lr"),
+        ({"knob": "momentum"}, "of knob 'momentum', and this one is 'lr'"),
+        ({"by": "epoch"}, "of unit 'epoch', and this one is 'update'"),
+        ({"to": "high"}, "to must be a number"),
+        ({"overridden": {"value": -1.0}}, "override by value must be >= 0; received -1.0"),
+        ({"overridden": {"times": float("nan")}}, "times must be a finite number; received nan"),
+        ({"overridden": {"plus": 1.0}}, "override by plus must be a finite number"),
         ({"update": -1}, "update must be a whole number of updates >= 0; received -1"),
         ({"total": 0}, "total must be a whole number"),
         ({"warmup": 12}, "warmup=12 leaves nothing of total=10"),
         ({"options": {"cycles": 2}}, "unknown option 'cycles'"),
-        ({"end": 3}, "end must be a multiplier from 0 to 1; received 3"),
+        ({"end": -3}, "end must be a multiplier >= 0; received -3"),
     ],
 )
 def test_a_state_that_does_not_fit_changes_nothing(change, message):
@@ -348,7 +367,7 @@ def test_a_state_that_does_not_fit_changes_nothing(change, message):
 def test_the_state_is_a_copy():
     schedule = make("piecewise", boundaries=[1], values=[1, 0.5])
     schedule.state_dict()["options"]["values"][0] = 99
-    schedule.state_dict()["base_lrs"].append(1)
+    schedule.state_dict()["bases"].append(1)
     assert schedule.multiplier(0) == 1 and len(schedule.base_lrs) == 1
 
 
@@ -357,7 +376,7 @@ def test_the_state_is_a_copy():
 
 @pytest.fixture
 def registry(monkeypatch):
-    monkeypatch.setattr(sch, "_SHAPES", dict(sch._SHAPES))
+    monkeypatch.setattr(shapes, "_SHAPES", dict(shapes._SHAPES))
 
 
 def test_a_registered_shape_is_found_by_name(registry):
@@ -394,7 +413,7 @@ def test_any_function_will_do():
         (("cosine", 10, float("nan")), {}, "received nan"),
         (("cosine", 10, "3"), {}, "received '3'"),
         (("cosine", 10, 10), {}, "warmup=10 leaves nothing of total=10 updates"),
-        (("cosine", 10, 0, 1.5), {}, "end must be a multiplier from 0 to 1; received 1.5"),
+        (("cosine", 10, 0, -1.5), {}, "end must be a multiplier >= 0; received -1.5"),
         (("cosine", 10, 0, float("nan")), {}, "received nan"),
         (("polynomial", 10), {"pwer": 2}, "unknown option 'pwer'; accepted (nearest first): power"),
         (("polynomial", 10), {"power": "2"}, "scheduler 'polynomial' failed at update 0"),
@@ -422,3 +441,357 @@ def test_preview_is_what_will_be():
     assert [0.1 * m for m in schedule.preview()] == pytest.approx(walk(schedule, 12))
     assert len(schedule.preview(40)) == 40
     assert repr(schedule) == "Schedule('cosine', total=12, warmup=0.25, end=0.1)"
+
+
+# ---------------------------------------------------------------- knobs
+
+
+class Holder:
+    def __init__(self, **values):
+        vars(self).update(values)
+
+
+def adam(**kw):
+    return torch.optim.Adam([nn.Parameter(torch.zeros(1))], lr=0.1, **kw)
+
+
+def test_any_option_of_an_optimizer_is_a_knob():
+    groups = [{"params": [nn.Parameter(torch.zeros(1))], "weight_decay": w} for w in (0.1, 0.0)]
+    opt = torch.optim.SGD(groups, lr=1.0, momentum=0.9)
+    decay = Schedule(OptionKnob(opt, "weight_decay"), "linear", total=4, to=0.3)
+    momentum = Schedule(OptionKnob(opt, "momentum"), "constant", warmup=2)
+    rows = []
+    for _ in range(5):
+        rows.append([(g["weight_decay"], g["momentum"], g["lr"]) for g in opt.param_groups])
+        decay.advance(), momentum.advance()
+    assert [r[0][0] for r in rows] == pytest.approx([0.1, 0.15, 0.2, 0.25, 0.3])
+    assert [r[1][0] for r in rows] == pytest.approx([0, 0.075, 0.15, 0.225, 0.3])  # `to` works from 0, too
+    assert [r[0][1] for r in rows] == pytest.approx([0.3, 0.6, 0.9, 0.9, 0.9]) and {r[0][2] for r in rows} == {1.0}
+
+
+@pytest.mark.parametrize("option, at", [("momentum", 0), ("beta1", 0), ("beta2", 1)])
+def test_betas_one_by_one(option, at):
+    opt = adam(betas=(0.8, 0.9))
+    schedule = Schedule(OptionKnob(opt, option), "linear", total=2)
+    schedule.advance()
+    expected = [0.8, 0.9]
+    expected[at] /= 2
+    assert opt.param_groups[0]["betas"] == pytest.approx(expected) and isinstance(opt.param_groups[0]["betas"], tuple)
+    opt.step()  # torch takes them
+    again = Schedule(OptionKnob(opt, option), "constant")
+    assert again.lr == [[0.8, 0.9][at]]  # from the base value
+
+
+def test_beta1_by_its_other_name_has_the_same_base():
+    opt = adam(betas=(0.8, 0.9))
+    first = Schedule(OptionKnob(opt, "momentum"), "linear", total=2)
+    first.advance()
+    assert Schedule(OptionKnob(opt, "beta1")).lr == [0.8]
+
+
+def test_tensor_options_are_filled_in_place():
+    betas = torch.tensor(0.8), torch.tensor(0.9)
+    opt = adam(betas=betas, foreach=False)
+    Schedule(OptionKnob(opt, "beta1"), "linear", total=2).advance()
+    assert opt.param_groups[0]["betas"][0] is betas[0] and betas[0].item() == pytest.approx(0.4)
+
+
+def test_an_attribute_and_an_entry_are_knobs():
+    """The decay of an average from 0.996 to 1, the weight of a loss from 0 to 10."""
+    average, weights = Holder(decay=0.996), {"penalty": 0}
+    decay = Schedule(AttributeKnob(average, "decay", 0.0), "cosine", total=10, to=1.0)
+    penalty = Schedule(AttributeKnob(weights, "penalty"), "linear", total=10, to=10.0, by="epoch")
+    seen = []
+    for u in range(12):
+        seen.append((average.decay, weights["penalty"]))
+        decay.advance(), penalty.advance()
+    assert [d for d, _ in seen] == pytest.approx([1 - 0.004 * math.cos(math.pi * min(u, 10) / 20) ** 2 for u in range(12)])
+    assert [w for _, w in seen] == pytest.approx([min(u, 10) for u in range(12)])
+    assert penalty.by == "epoch" and decay.by == "update" and repr(penalty).startswith("penalty: Schedule('linear', total=10")
+    with pytest.raises(AttributeError, match="penalty belongs to no optimizer"):
+        penalty.optimizer
+
+
+def test_a_buffer_is_filled_in_place():
+    module = nn.Module()
+    module.register_buffer("temperature", torch.tensor(2.0))
+    before = module.temperature
+    Schedule(AttributeKnob(module, "temperature"), "linear", total=4).advance()
+    assert module.temperature is before and before.item() == 1.5
+
+
+@pytest.mark.parametrize(
+    "make_knob, message",
+    [
+        (lambda: OptionKnob(nn.Linear(1, 1)), "an OptionKnob is of a torch.optim.Optimizer; received Linear"),
+        (lambda: OptionKnob(adam(), "momentun"), "unknown option of the optimizer that is a number 'momentun'"),
+        (lambda: OptionKnob(adam(), "amsgrad"), "'amsgrad'"),
+        (lambda: OptionKnob(adam(), "betas"), "'betas'"),
+        (lambda: OptionKnob(adam(), "params"), "'params'"),
+        (lambda: OptionKnob(adam(), None), "None"),
+        (lambda: OptionKnob(make("linear", total=2).optimizer, "initial_lr"), "'initial_lr'"),
+        (lambda: AttributeKnob({"a": 1}, "b"), "unknown entry 'b'; accepted: a"),
+        (lambda: AttributeKnob(Holder(alpha=1), "alpah"), "unknown attribute of Holder 'alpah'; accepted (nearest first): alpha"),
+        (lambda: AttributeKnob(Holder(a="x"), "a"), "a must be a number to be a knob; it is 'x'"),
+        (lambda: AttributeKnob(Holder(a=True), "a"), "it is True"),
+        (lambda: AttributeKnob(Holder(a=torch.zeros(2)), "a"), "a must be a number"),
+        (lambda: Schedule("lr"), "a schedule moves a Knob, or the learning rates of an optimizer; received 'lr'"),
+        (lambda: Schedule(adam(), "linear", to=-1.0), "lr: to must be >= 0; received -1.0"),
+        (lambda: Schedule(OptionKnob(adam(), "beta1"), "linear", 100, end=1.2), "beta1: the value at update"),
+        (lambda: Schedule(OptionKnob(adam(), "beta1"), "linear", 100, to=1.0), "beta1: to must be >= 0 and < 1; received 1.0"),
+    ],
+)
+def test_bad_knobs(make_knob, message):
+    with pytest.raises((TypeError, ValueError, AttributeError), match=re.escape(message)):
+        make_knob()
+
+
+def test_labels_are_names_where_there_are_any():
+    opt = torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))], **kw} for kw in ({"name": "a"}, {}, {"name": "a"})], lr=1.0)
+    assert OptionKnob(opt).labels == ["a (0)", "group 1", "a (2)"]
+
+
+def test_values_are_what_will_be_written_and_change_nothing():
+    schedule = make("cosine", lrs=(0.1, 0.2), warmup=3, end=0.1)
+    groups = [dict(g) for g in schedule.optimizer.param_groups]
+    ahead = schedule.values(2) if not schedule.needs_total else None
+    assert ahead is None and schedule.bases == []
+    with pytest.raises(ValueError, match="must know its length"):
+        schedule.values(2)
+    assert [dict(g) for g in schedule.optimizer.param_groups] == groups
+    schedule.set_total(12)
+    planned = schedule.values(15)
+    seen = []
+    for _ in range(15):
+        seen.append(schedule.lr)
+        schedule.advance()
+    assert [*zip(*seen)] == [*map(tuple, planned.values())] and [*planned] == ["group 0", "group 1"]
+    state = schedule.state_dict()
+    schedule.override(0.5)
+    assert schedule.values(15) == planned and schedule.lr == [0.5, 0.5]
+    schedule.release()
+    assert schedule.state_dict() == state
+
+
+def test_a_knob_of_ones_own():
+    class Dial(Knob):
+        name, low = "dial", 0.0
+        at = [4.0, 8.0]
+        labels = ["left", "right"]
+
+        def read(self):
+            return [*self.at]
+
+        def write(self, values):
+            self.at[:] = values
+
+    schedule = Schedule(dial := Dial(), "linear", total=4)
+    schedule.advance()
+    assert dial.at == [3.0, 6.0] and schedule.values(2) == {"left": [4.0, 3.0], "right": [8.0, 6.0]}
+    schedule.override(times=2)
+    assert dial.at == [6.0, 12.0]
+
+
+# ---------------------------------------------------------------- by hand
+
+
+def test_a_hand_is_laid_over_the_curve_and_taken_away():
+    schedule, plain = make("cosine", lrs=(0.1, 0.2), total=20, warmup=4), make("cosine", lrs=(0.1, 0.2), total=20, warmup=4)
+    for u in range(30):
+        if u == 2:
+            schedule.override(0.05)
+        if u == 6:
+            schedule.override(times=0.5)
+        if u == 12:
+            schedule.release()
+        expected = [0.05, 0.05] if 2 <= u < 6 else [0.5 * lr for lr in plain.lr] if 6 <= u < 12 else plain.lr
+        assert schedule.lr == pytest.approx(expected, abs=1e-15) and schedule.update == plain.update == u
+        schedule.advance(), plain.advance()
+    assert schedule.state_dict() == plain.state_dict()
+
+
+@given(st.integers(0, 25), st.integers(0, 25), st.floats(0, 3), st.booleans(), st.sampled_from(sorted(DECAYING)))
+def test_a_hand_never_disturbs_the_curve(at, length, size, times, name):
+    schedule, plain = (make(name, total=15, warmup=3, **DECAYING[name]) for _ in range(2))
+    for u in range(40):
+        if u == at:
+            schedule.override(**({"times": size} if times else {"value": size}))
+        if u == at + length:
+            schedule.release()
+        if not at <= u < at + length:
+            assert schedule.lr == plain.lr
+        schedule.advance(), plain.advance()
+
+
+def test_a_hand_is_state_and_seen():
+    schedule = make("cosine", total=20, warmup=4)
+    walk(schedule, 3)
+    for hand, text in ({"value": 0.03}, "overridden by value=0.03"), ({"times": 0.5}, "overridden by times=0.5"):
+        schedule.override(**hand)
+        assert schedule.overridden == hand
+        assert repr(schedule) == f"Schedule('cosine', total=20, warmup=4), {text}"
+        other = make("cosine", total=20, warmup=4)
+        other.load_state_dict(check_plain(schedule.state_dict()))
+        assert other.lr == schedule.lr and other.overridden == hand
+        other.release()
+        assert other.lr == [0.1 * schedule.multiplier(3)]
+    schedule.release()
+    assert schedule.overridden is None and repr(schedule) == "Schedule('cosine', total=20, warmup=4)"
+    other.load_state_dict(schedule.state_dict())
+    assert other.overridden is None
+
+
+@pytest.mark.parametrize("hand", [{"value": 0.3}, {"times": 2.0}])
+def test_a_hand_may_be_laid_before_the_length_is_known(hand):
+    schedule = make("linear")
+    schedule.override(**hand)
+    assert schedule.lr == [0.3 if "value" in hand else 0.2]
+    schedule.set_total(4)
+    walk(schedule, 2)
+    assert schedule.lr == [0.3 if "value" in hand else 0.1]
+    schedule.release()
+    assert schedule.lr == [0.05]
+    unplanned = make("linear")
+    unplanned.override(**hand)
+    unplanned.release()
+    assert unplanned.lr == [0.1]
+
+
+@pytest.mark.parametrize(
+    "args, kw, error, message",
+    [
+        ((), {}, TypeError, "override takes a value or times=, one of them; received value=None, times=None"),
+        ((1.0,), {"times": 2.0}, TypeError, "received value=1.0, times=2.0"),
+        ((math.nan,), {}, ValueError, "lr: value must be a finite number; received nan"),
+        ((math.inf,), {}, ValueError, "received inf"),
+        ((-0.1,), {}, ValueError, "lr: value must be >= 0; received -0.1"),
+        (("0.1",), {}, TypeError, "lr: value must be a number; received '0.1'"),
+        ((True,), {}, TypeError, "received True"),
+        ((), {"times": math.nan}, ValueError, "times must be a finite number; received nan"),
+        ((), {"times": -1.0}, ValueError, "times must be a multiplier >= 0; received -1.0"),
+        ((), {"times": "2"}, TypeError, "times must be a number; received '2'"),
+        ((), {"times": False}, TypeError, "received False"),
+    ],
+)
+def test_a_bad_hand_is_refused_without_change(args, kw, error, message):
+    schedule = make("cosine", total=20)
+    walk(schedule, 3)
+    schedule.override(times=0.5)
+    before = schedule.state_dict(), schedule.lr
+    with pytest.raises(error, match=re.escape(message)):
+        schedule.override(*args, **kw)
+    assert (schedule.state_dict(), schedule.lr) == before
+
+
+def test_a_factor_that_leads_out_of_bounds_later_is_refused_now():
+    opt = adam(betas=(0.5, 0.9))
+    schedule = Schedule(OptionKnob(opt, "beta1"), "linear", total=100, to=0.9)
+    schedule.override(times=1.1)
+    with pytest.raises(ValueError, match=r"beta1: the value at update \d+ must be >= 0 and < 1"):
+        schedule.override(times=1.5)
+    assert schedule.overridden == {"times": 1.1} and opt.param_groups[0]["betas"][0] == pytest.approx(0.55)
+
+
+def test_zero_is_allowed_by_hand():
+    schedule = make("constant")
+    schedule.override(0)
+    walk(schedule, 3)
+    assert schedule.lr == [0.0] and schedule.overridden == {"value": 0.0}
+    schedule.release()
+    assert schedule.lr == [0.1]
+
+
+def test_a_held_value_costs_no_shape_and_a_group_joins_it(monkeypatch):
+    schedule = make("cosine", total=100)
+    schedule.override(0.3)
+    groups = counted(schedule)
+    walk(schedule, 5)
+    assert groups[0].writes == 0
+    schedule.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "lr": 1.0})
+    schedule.advance()
+    assert schedule.lr == [0.3, 0.3]
+    schedule.release()
+    assert schedule.lr == pytest.approx([0.1 * schedule.multiplier(6), schedule.multiplier(6)])
+
+
+# ---------------------------------------------------------------- wrong behaviours seen elsewhere
+
+
+def test_a_schedule_that_counts_updates_lasts_a_run_with_accumulation():
+    """The wrong behaviour: with 2 micro-batches to an update, a linear schedule is at 0 for the last 6 of 16 batches."""
+    opt = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule, rates = Schedule(opt, "linear", total=8), []
+    for batch in range(16):
+        rates.append(schedule.lr[0])
+        if batch % 2:
+            opt.step()
+            schedule.advance()
+    assert min(rates) == pytest.approx(1 / 8) and rates[-6:] == pytest.approx([0.375, 0.375, 0.25, 0.25, 0.125, 0.125])
+
+
+def test_an_unknown_name_fails_when_it_is_said():
+    """The wrong behaviour: None now, and an AttributeError in the first batch."""
+    with pytest.raises(ValueError, match=r"unknown scheduler 'linaer_with_warmup'; accepted"):
+        make("linaer_with_warmup")
+
+
+def test_a_run_that_is_longer_than_asked_for_stays_at_the_end():
+    """The wrong behaviour behind S3: a target that is passed already trains on for ever, at whatever rate comes."""
+    schedule = make("wsd", total=5, end=0.1)
+    assert walk(schedule, 400)[5:] == pytest.approx([0.01] * 395)
+    for shorter in 4, 399:
+        with pytest.raises(ValueError, match="total must be a whole number of updates >= 400"):
+            schedule.stretch(shorter)
+    assert (schedule.update, schedule.total) == (400, 5)
+
+
+RESUMED = {
+    **DECAYING, "cosine_restarts": {"cycles": 3}, "one_cycle": {}, "one_cycle_momentum": {},
+    "sequence": {"parts": [{"name": "linear", "length": 0.3, "warmup": 2, "end": 0.5}, {"name": "cosine", "level": 0.5}]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_leaving_at_any_update_and_going_on_is_the_same(name):
+    """In the warm-up, in a restart, in the second part, behind the end: bit for bit."""
+    def plan():
+        return make(name, total=24, warmup=5, end=0.05, **RESUMED[name])
+
+    expected = walk(plan(), 30)
+    for left_at in range(30):
+        first, second = plan(), plan()
+        walk(first, left_at)
+        second.load_state_dict(check_plain(first.state_dict()))
+        assert walk(second, 30 - left_at) == expected[left_at:]
+
+
+def test_a_sequence_in_a_state_decides_over_that_of_the_code():
+    parts = [{"length": 3, "level": 0.5}, {"name": "linear"}]
+    saved = make("sequence", total=10, parts=parts)
+    other = make("sequence", total=10, parts=["constant"])
+    other.load_state_dict(check_plain(saved.state_dict()))
+    assert walk(other, 10) == walk(saved, 10) and other.options == {"parts": parts}
+
+
+def test_a_function_among_the_options_needs_no_name_to_be_restored():
+    def plan():
+        return make("sequence", total=10, parts=[{"name": lambda u, total: 1 - u / total, "length": 4}, "constant"])
+
+    first, second = plan(), plan()
+    walk(first, 2)
+    second.load_state_dict(check_plain(first.state_dict()))
+    assert walk(second, 5) == walk(first, 5)
+
+
+@given(st.integers(1, 30), st.integers(0, 40), st.sampled_from(sorted(RESUMED)))
+def test_a_stretch_and_a_restart_leave_all_or_nothing(total, done, name):
+    schedule = make(name, total=40, warmup=3, **RESUMED[name])
+    walk(schedule, done)
+    for act in schedule.stretch, schedule.restart:
+        before = schedule.state_dict(), schedule.lr
+        try:
+            act(total)
+        except ValueError:
+            assert (schedule.state_dict(), schedule.lr) == before
+        else:
+            assert schedule.total == total and schedule.lr == naive(schedule, [schedule.update])

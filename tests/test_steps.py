@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
-from ways import ENDINGS, end_by, resumes, same
+from ways import ENDINGS, end_by, resumes, same, same_weights
 
 from trainkit.callback import Callback, CancelBatch, CancelStep, CancelTurn, On
 from trainkit.learner import Learner
@@ -404,3 +404,25 @@ def test_nothing_warns():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         learner(accumulate=3).fit(epochs=2)
+
+
+def test_a_checkpoint_made_behind_a_validation_is_exact(tmp_path):
+    "Neither the random state of the validation nor weights it was shown belong in it."
+
+    def make(run):
+        torch.manual_seed(0)
+        dls = DataLoader(TensorDataset(X, Y), batch_size=4, shuffle=True), DataLoader(TensorDataset(X, Y), batch_size=4)
+        model = nn.Sequential(nn.Linear(3, 5), nn.Dropout(0.5), nn.Linear(5, 1))
+        return Learner(model, dls, "mse", OptimBuilder("adamw", lr=0.1), cbs=[Zeroed()], front="none", run=run,
+                       save_every=2, keep=99)  # fmt: skip
+
+    straight = make(None)
+    straight.fit(steps=10, validate_every=2)
+    first = make(tmp_path / "run")
+    first.fit(steps=10, validate_every=2)
+    same_weights(straight, first)
+    for step in (2, 4, 8):
+        again = make(tmp_path / "run")
+        again.restore(step)
+        again.fit()
+        same_weights(straight, again)

@@ -15,14 +15,15 @@ from typing import Any
 from .shapes import find_scheduler, path_of, register_scheduler, unknown
 
 # %% auto #0
-__all__ = ['BY', 'check_warmup', 'check_options', 'is_endless', 'prepare', 'check_end', 'NamedCurve', 'Curve', 'LaidCurve',
-           'PlannedCurve', 'Part', 'sequence']
+__all__ = ['BY', 'check_count', 'check_warmup', 'check_options', 'is_endless', 'prepare', 'check_end', 'NamedCurve', 'Curve',
+           'LaidCurve', 'PlannedCurve', 'Part', 'sequence']
 
 # %% ../nbs/13a_curve.ipynb #deb309bd
 BY = ("update", "step", "epoch", "metric")  # what one unit of a curve may be
 
 
-def _whole(name: str, value: object, least: int, by: str = "update") -> int:
+def check_count(name: str, value: object, least: int, by: str = "update") -> int:
+    "`value`, if it is a whole number of at least `least`; else ValueError."
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be a whole number of {by}s >= {least}; received {value!r}")
     return value
@@ -127,13 +128,13 @@ class Curve(NamedCurve):
         **options: Any,  # of the shape
     ):
         super().__init__(shape, options, by)
-        self.total = total if total is None else _whole("total", total, 1, by)
+        self.total = total if total is None else check_count("total", total, 1, by)
         self.warmup = check_warmup(warmup, total, by)
         self.end, self.to = check_end(end, to)
         self._value(0, None if self._endless else self.total or max(1000, getattr(self._fn, "shortest", 0)))
 
     def __repr__(self) -> str:
-        more = {**({"end": self.end} if self.end else {}), **({"to": self.to} if self.to is not None else {})}
+        more: dict[str, Any] = {**({"end": self.end} if self.end else {}), **({"to": self.to} if self.to is not None else {})}
         more |= {**({"by": self.by} if self.by != "update" else {}), **self.options}
         values = "".join(f", {k}={f'{v:g}' if k in ('end', 'to') else repr(v)}" for k, v in more.items())
         return f"{type(self).__name__}({self.name!r}, total={self.total}, warmup={self.warmup}{values})"
@@ -149,7 +150,7 @@ class LaidCurve(Curve):
 
     def check_total(self, total: int) -> None:
         "ValueError when the curve can't be laid over so many updates."
-        check_warmup(self.warmup, _whole("total", total, 1, self.by), self.by)
+        check_warmup(self.warmup, check_count("total", total, 1, self.by), self.by)
         if not self._endless:
             self._value(0, total - self._warmup_of(total))
 
@@ -158,6 +159,9 @@ class LaidCurve(Curve):
         if self.total is not None and total != self.total:
             raise ValueError(f"scheduler {self.name!r} already runs over {self.total} {self.by}s; received {total!r}")
         self.check_total(total)
+        self._lay_over(total)
+
+    def _lay_over(self, total: int) -> None:
         self.total = total
 
     def _warmup_of(self, total: int) -> int:
@@ -207,7 +211,7 @@ class Part(PlannedCurve):
         for refused in {"to", "by", "total"} & options.keys():
             raise ValueError(f"a part of a sequence takes no {refused!r}: that is said of the whole, or by its length")
         super().__init__(name, **options)
-        good = isinstance(length, int) and length >= 1 or isinstance(length, float) and 0 < length < 1
+        good = length >= 1 if isinstance(length, int) else isinstance(length, float) and 0 < length < 1
         if isinstance(length, bool) or not (length is None or good):
             raise ValueError(f"the length of part {self.name!r} must be a whole number >= 1 or a fraction 0 < f < 1; received {length!r}")
         if isinstance(level, bool) or not isinstance(level, (int, float)) or not 0 <= level < math.inf:

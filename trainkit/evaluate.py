@@ -219,18 +219,19 @@ class Measure(Hooks):
         outputs: dict[str, list[Any]] = {name: [] for name in loaders}
 
         def body() -> None:
-            for self.loader, loader in loaders.items():
-                gathered = Gathered(self.metrics.for_loader(self.loader), outputs[self.loader] if overridden else None)
-                self._walk(what, loader, step, partial(gathered.add, self))
-                prefix = split if self.loader == split else f"{split}.{self.loader}"
-                results.update({f"{prefix}/{name}": value for name, value in gathered.compute().items()})
-            results.update({f"{split}/{name}": float(value) for name, value in scalars(epoch_end(outputs), "score").items()})
+            with self.observing({"validate": "validating", "test": "testing"}[what]):  # and not around what others do then
+                for self.loader, loader in loaders.items():
+                    gathered = Gathered(self.metrics.for_loader(self.loader), outputs[self.loader] if overridden else None)
+                    self._walk(what, loader, step, partial(gathered.add, self))
+                    prefix = split if self.loader == split else f"{split}.{self.loader}"
+                    results.update({f"{prefix}/{name}": value for name, value in gathered.compute().items()})
+                found = scalars(epoch_end(outputs), "score")
+            results.update({f"{split}/{name}": float(value) for name, value in found.items()})
             for name, value in results.items() if record else ():
                 self.history.add(name, value, self.step)
             self._recorded(results if record else {})
 
-        with self.observing({"validate": "validating", "test": "testing"}[what]):
-            return results if self._scope(what, body, CancelValidate) else {}
+        return results if self._scope(what, body, CancelValidate) else {}
 
 # %% ../nbs/24_evaluate.ipynb #c07e7bb0
 class Predict(Measure):

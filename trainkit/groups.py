@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .schedule import locate, path_of, unknown
+from .shapes import locate, path_of, unknown
 
 # %% auto #0
 __all__ = ['Named', 'Kinds', 'RULES', 'ACCEPTED', 'CHOICES', 'named', 'label', 'trainable', 'groups_of', 'check_disjoint',
@@ -101,9 +101,8 @@ def kinds_of(modules: nn.Module | Iterable[nn.Module] | Mapping[str, nn.Module] 
 
 
 def is_embedding(name: str, p: Tensor, kinds: Kinds) -> bool:
-    "Is it an embedding: by the kind of its module if known, else by a part of its name?"
-    by_name = re.search(r"(^|[._])(wte|wpe|embed\w*|emb)([._]|$)", name)
-    return kinds[id(p)] == "embedding" if id(p) in kinds else bool(by_name)
+    "Is it an embedding: by the kind of its module, or by a part of its name?"
+    return kinds.get(id(p)) == "embedding" or bool(re.search(r"(^|[._])(wte|wpe|embed\w*|emb)([._]|$)", name))
 
 # %% ../nbs/16_groups.ipynb #1be040b0
 def check_names(pairs: list[Named]) -> None:
@@ -313,8 +312,8 @@ CHOICES: dict[str, Callable[..., list[bool]]] = {"matrices": matrices, "hidden":
 
 def as_choice(only: Any) -> Any:
     "A choice of parameters: {'rule': name, …}, a compiled pattern, or a function; an error for anything else."
-    if isinstance(only, Mapping) and isinstance(only.get("function"), str):
-        only = locate(only["function"])
+    if isinstance(only, Mapping) and "function" in only:
+        only = locate(only["function"]) if isinstance(only["function"], str) else only["function"]
     if isinstance(only, Mapping) and isinstance(only.get("rule"), str):
         return with_options("choice", only, CHOICES) and dict(only)
     if isinstance(only, str) and only:

@@ -247,6 +247,8 @@ class Fit(Running):
             self.batch = self.pred = self.loss = None
             self._ticking, self._moving = {}, {}
             self.history.flush()
+            if self.checkpoints is not None:
+                self.checkpoints.unlock()
 
     def _interrupted(self) -> None:
         self._stopping = "interrupted"

@@ -17,13 +17,13 @@ from .callback import Cancel, CancelBatch, CancelEpoch, CancelStep, CancelTurn
 from .data import batch_size_of
 from .device import to_device
 from .player import Player, freeze, losses_of, mean_gradient, move, share, thaw, total_of
-from .state import Restore
+from .travel import Travel
 
 # %% auto #0
 __all__ = ['Turns', 'Descent', 'Move', 'Target', 'count', 'Pause', 'Marks', 'Clock', 'Loop']
 
 # %% ../nbs/26_loop.ipynb #46ba8b3e
-class Turns(Restore):
+class Turns(Travel):
     "A batch: every player that is due makes its move."
 
     player: Player | None = None  # whose turn it is

@@ -12,7 +12,6 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,13 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .schedule import locate, path_of, register, unknown
+from .shapes import key_of, locate, path_of, plugin, plugins, register, unknown
 
 # %% auto #0
-__all__ = ['PLUGINS', 'OPTIMIZERS', 'LIMITS', 'torch_optimizers', 'register_optimizer', 'entry_optimizers', 'load_entry',
-           'is_installed', 'loaders_of', 'plugin_optimizers', 'unknown_optimizer', 'find_named', 'needs_closure',
-           'refuse_closure', 'refuse_other', 'find_optimizer', 'check_value', 'keywords', 'default_of', 'is_plugin',
-           'check_keyword', 'small', 'try_step', 'try_out', 'check_options']
+__all__ = ['ENTRY_POINTS', 'PLUGINS', 'OPTIMIZERS', 'LIMITS', 'torch_optimizers', 'register_optimizer', 'needs_closure',
+           'refuse_closure', 'is_installed', 'loaders_of', 'plugin_optimizers', 'unknown_optimizer', 'find_named',
+           'refuse_other', 'find_optimizer', 'check_value', 'keywords', 'default_of', 'is_plugin', 'check_keyword',
+           'small', 'try_step', 'try_out', 'check_options']
 
 # %% ../nbs/16a_optimizers.ipynb #29e83215
 def torch_optimizers() -> dict[str, type[Optimizer]]:
@@ -49,20 +48,21 @@ def register_optimizer(
         raise ValueError(f"optimizer {name!r} is already {path_of(taken)}; overwrite=True replaces it")
     return register(_REGISTERED, "optimizer", name, overwrite)
 
-# %% ../nbs/16a_optimizers.ipynb #c0f75161
-def entry_optimizers() -> dict[str, EntryPoint]:
-    "The optimizers that installed packages declare under `trainkit.optimizers`, not loaded yet."
-    return {point.name.lower().replace("-", "_"): point for point in entry_points(group="trainkit.optimizers")}
+# %% ../nbs/16a_optimizers.ipynb #6e820cb8
+def needs_closure(factory: object) -> bool:
+    "Can the optimizer's `step` only be called with a function that evaluates the loss?"
+    closure = inspect.signature(factory.step).parameters.get("closure") if hasattr(factory, "step") else None
+    return closure is not None and closure.default is inspect.Parameter.empty
 
 
-def load_entry(point: EntryPoint) -> Callable[..., Optimizer]:
-    "What an entry point leads to; ValueError that names a broken one."
-    try:
-        return point.load()
-    except Exception as error:
-        raise ValueError(f"optimizer {point.name!r}: its entry point {point.value!r} can't be loaded: {error}") from error
+def refuse_closure(name: str, factory: object) -> None:
+    "ValueError for an optimizer that `needs_closure`."
+    if needs_closure(factory):
+        raise ValueError(f"optimizer {name!r} must evaluate the loss several times per step, through a closure; a turn "
+                         "here is one forward, one backward and one step. Take any other, adamw for example")  # fmt: skip
 
-# %% ../nbs/16a_optimizers.ipynb #a9366c3d
+# %% ../nbs/16a_optimizers.ipynb #ffab1417
+ENTRY_POINTS = "trainkit.optimizers"  # the group of entry points
 PLUGINS = ("pytorch_optimizer", "timm.optim", "schedulefree", "torchao.optim")  # where else, in this order
 
 
@@ -86,11 +86,11 @@ def loaders_of(module: Any) -> dict[str, Callable[[], Callable[..., Optimizer]]]
 def plugin_optimizers() -> tuple[dict[str, dict[str, Callable[[], Callable[..., Optimizer]]]], list[str]]:
     "The loaders of every installed plug-in, and what is wrong with those that can't be imported."
     offered, broken = {}, []
-    for plugin in filter(is_installed, PLUGINS):
+    for package in filter(is_installed, PLUGINS):
         try:
-            offered[plugin] = loaders_of(importlib.import_module(plugin))
+            offered[package] = loaders_of(importlib.import_module(package))
         except Exception as error:  # whatever a foreign package does when it is imported
-            broken.append(f"{plugin} is installed, but can't be imported ({type(error).__name__}: {error})")
+            broken.append(f"{package} is installed, but can't be imported ({type(error).__name__}: {error})")
     return offered, broken
 
 # %% ../nbs/16a_optimizers.ipynb #e287c642
@@ -99,8 +99,8 @@ def unknown_optimizer(name: str, known: Iterable[str]) -> str:
     offered, broken = plugin_optimizers()
     elsewhere = {key for loaders in offered.values() for key in loaders}
     near = difflib.get_close_matches(name.lower(), sorted({*known, *elsewhere}), n=3)
-    counts = [f"{plugin} has {len(loaders)} more" for plugin, loaders in offered.items()]
-    absent = [plugin for plugin in PLUGINS if not is_installed(plugin)]
+    counts = [f"{package} has {len(loaders)} more" for package, loaders in offered.items()]
+    absent = [package for package in PLUGINS if not is_installed(package)]
     where = [f"{', '.join(absent)} would be looked in if installed"] if absent else []
     return "; ".join([unknown("optimizer", name, {*known, *near}), *counts, *broken, *where])
 
@@ -113,32 +113,19 @@ def find_named(
     known: dict[str, Callable[..., Optimizer]] = {**torch_optimizers(), **_REGISTERED}
     if key in known:
         return known[key]
-    if point := entry_optimizers().get(key):
-        return load_entry(point)
+    if entry := plugin(ENTRY_POINTS, "optimizer", key):
+        return entry
     offered, broken = plugin_optimizers()
-    for plugin, loaders in offered.items():
+    for package, loaders in offered.items():
         if key not in loaders:
             continue
-        if passed := [b for b in broken if PLUGINS.index(b.split()[0]) < PLUGINS.index(plugin)]:
-            warnings.warn(f"optimizer {name!r} is taken from {plugin}: {'; '.join(passed)}", stacklevel=2)
+        if passed := [b for b in broken if PLUGINS.index(b.split()[0]) < PLUGINS.index(package)]:
+            warnings.warn(f"optimizer {name!r} is taken from {package}: {'; '.join(passed)}", stacklevel=2)
         try:
             return loaders[key]()
         except Exception as error:
-            raise ValueError(f"optimizer {name!r} of {plugin} can't be loaded: {error}") from error
-    raise ValueError(unknown_optimizer(name, [*(k for k, v in known.items() if not needs_closure(v)), *entry_optimizers()]))
-
-# %% ../nbs/16a_optimizers.ipynb #6e820cb8
-def needs_closure(factory: object) -> bool:
-    "Can the optimizer's `step` only be called with a function that evaluates the loss?"
-    closure = inspect.signature(factory.step).parameters.get("closure") if hasattr(factory, "step") else None
-    return closure is not None and closure.default is inspect.Parameter.empty
-
-
-def refuse_closure(name: str, factory: object) -> None:
-    "ValueError for an optimizer that `needs_closure`."
-    if needs_closure(factory):
-        raise ValueError(f"optimizer {name!r} must evaluate the loss several times per step, through a closure; a turn "
-                         "here is one forward, one backward and one step. Take any other, adamw for example")  # fmt: skip
+            raise ValueError(f"optimizer {name!r} of {package} can't be loaded: {error}") from error
+    raise ValueError(unknown_optimizer(name, [*(k for k, v in known.items() if not needs_closure(v)), *plugins(ENTRY_POINTS)]))
 
 # %% ../nbs/16a_optimizers.ipynb #e6267443
 OPTIMIZERS = "a name, an Optimizer class, a function of parameters that makes one, a dict with 'name', or an OptimBuilder"
@@ -164,7 +151,7 @@ def find_optimizer(
     if isinstance(kind, str) and "." in kind:
         name, factory = kind, locate(kind)
     elif isinstance(kind, str):
-        name = kind.lower().replace("-", "_")
+        name = key_of(kind)
         factory = find_named(kind, name)
     else:
         known: dict[str, Callable[..., Optimizer]] = {**torch_optimizers(), **_REGISTERED}
@@ -174,7 +161,7 @@ def find_optimizer(
     return name, factory
 
 # %% ../nbs/16a_optimizers.ipynb #9047bd6f
-LIMITS = {"lr": np.inf, "weight_decay": np.inf, "momentum": np.inf, "eps": np.inf, "betas": 1.0}  # 0 <= x < limit
+LIMITS = {"lr": np.inf, "lr_scale": np.inf, "weight_decay": np.inf, "momentum": np.inf, "eps": np.inf, "betas": 1.0}  # 0 <= x < limit
 
 
 def check_value(owner: str, option: str, value: Any) -> Any:
@@ -220,7 +207,7 @@ def default_of(factory: Callable[..., Any], option: str) -> Any:
 def is_plugin(factory: Callable[..., Any]) -> bool:
     "Does it come from one of the plug-ins?"
     module = getattr(factory.func if isinstance(factory, partial) else factory, "__module__", None) or ""
-    return module.partition(".")[0] in {plugin.partition(".")[0] for plugin in PLUGINS}
+    return module.partition(".")[0] in {package.partition(".")[0] for package in PLUGINS}
 
 
 def check_keyword(name: str, factory: Callable[..., Any], option: str, beside: Iterable[str] = ()) -> None:
@@ -258,16 +245,16 @@ def try_step(name: str, optimizer: Optimizer) -> None:
 
 def try_out(name: str, factory: Callable[..., Optimizer], options: Mapping[str, Any]) -> None:
     "ValueError for options that torch's or a plug-in's optimizer refuses, or a plug-in's that can't step from gradients."
-    plugin = is_plugin(factory)
-    if not plugin and factory not in torch_optimizers().values():
+    foreign = is_plugin(factory)
+    if not foreign and factory not in torch_optimizers().values():
         return
     try:
         made = factory([small()], **options)
     except (AttributeError, ImportError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        if plugin and isinstance(error, RuntimeError):  # some want groups with marks of their own; building will tell
+        if foreign and isinstance(error, RuntimeError):  # some want groups with marks of their own; building will tell
             return
         raise ValueError(f"{name}: {error}; received {dict(options)}") from error
-    if plugin:
+    if foreign:
         try_step(name, made)
 
 # %% ../nbs/16a_optimizers.ipynb #665a5089

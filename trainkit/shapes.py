@@ -83,7 +83,10 @@ def _way(update: float, total: float, pct_start: float, anneal: str) -> tuple[bo
         raise ValueError(f"a cycle takes anneal='cosine' or 'linear' and pct_start from 0 to 1; received {anneal!r}, {pct_start!r}")
     peak, last = pct_start * total - 1, max(total - 1, 1)
     up = update <= peak
-    done = (update / peak if peak > 0 else 1.0) if up else min(1.0, (update - peak) / (last - peak))
+    if up:
+        done = update / peak if peak > 0 else 1.0
+    else:
+        done = min(1.0, (update - peak) / (last - peak)) if peak < last else 1.0
     return up, done if anneal == "linear" else 0.5 * (1 - math.cos(math.pi * done))
 
 
@@ -234,5 +237,5 @@ def draw_schedules(
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
     if any(label for labels in lines.values() for label in labels):
-        ax.legend(fontsize="x-small", frameon=False)
+        ax.legend(fontsize="x-small", frameon=False, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=2)
     return ax

@@ -18,7 +18,7 @@ import torch
 
 import trainkit
 from .callback import Callback
-from .checkpoint import CheckpointError, Checkpoints, Entry, diff_state
+from .checkpoint import CheckpointError, Checkpoints, Entry, Which, diff_state
 from .data import BatchStream
 from .device import rng_state, set_rng_state
 from .evaluate import Predict
@@ -144,15 +144,25 @@ class RunFolder(Loadable):
         return self.checkpoints
 
     def _own_run(self) -> None:
-        if self.run is None or self._owned:
+        "Make the folder this learner's own: what another one left there is moved aside, what it claimed since is respected."
+        if self.run is None:
             return
-        self._owned, store = True, self._store()
-        if len(store) or (self.run / "history.jsonl").exists():
+        store = self._store()
+        store.check_claim()
+        store.lock()
+        if not self._owned and (len(store) or (self.run / "history.jsonl").exists()):
+            store.unlock()
             aside = next(p for n in itertools.count(1) if not (p := self.run.with_name(f"{self.run.name}.{n}")).exists())
             self.run.rename(aside)
-            self.checkpoints = Checkpoints(self.run / "checkpoints", keep=store.keep)
             warnings.warn(f"{self.run} held another run, which is now {aside}. (To go on with a run, call "
                           "learn.restore('last') before fit.)", stacklevel=3)  # fmt: skip
+        self._owned = True
+        if not store.token:
+            try:
+                store.claim()
+            except CheckpointError as error:
+                warnings.warn(f"this run can't be kept, training goes on: {error}", stacklevel=3)
+        store.lock()
 
 # %% ../nbs/25_state.ipynb #29bed572
 MORE = {"acc", "accuracy", "auc", "auroc", "score", "psnr", "ssim", "sdr", "snr", "f1", "iou", "dice", "precision", "recall",
@@ -189,7 +199,14 @@ class Scored(RunFolder):
 class Restore(Scored):
     "Saves and restores."
 
-    def save(self, note: str = "", pin: bool = False) -> Entry:
+    parent: str = ""  # the checkpoint that this state comes from
+
+    def save(
+        self,
+        note: str = "",  # shown beside it
+        pin: bool = False,  # keep it whatever comes
+        background: bool = False,  # return once the state is copied, and write while the training goes on
+    ) -> Entry:
         "Write a checkpoint of the present state into the run's folder; returns its entry."
         self._store()
         if self.player is not None:
@@ -200,15 +217,21 @@ class Restore(Scored):
         name = self._monitored(last)
         score = metrics[name] if last.get(name, (-1,))[0] == self.step else None
         info = {"epoch": self.epoch, "metrics": metrics, "score": score, "mode": self.mode or best_mode(name),
-                "note": note, "pinned": pin}  # fmt: skip
-        entry = self._store().save(self.state_dict(), self.step, info)
+                "note": note, "pinned": pin, "parent": self.parent}  # fmt: skip
+        entry = self._store().save(self.state_dict(), self.step, info, background=background)
         self.history.mark("checkpoint", self.step, note, id=entry.id)
         self.history.flush()
+        self.parent = entry.id
         return entry
 
-    def restore(self, which: str | int | Entry | Path = "last") -> Entry:
+    def restore(self, which: Which = "last") -> Entry:
         "Go back to the 'last' or 'best' checkpoint, or to one by its id or entry; `fit()` goes on from there."
-        store = self._store()
+        entry = self._restore(store := self._store(), which)
+        store.token = ""  # looking takes nothing away: the folder is claimed by the next fit or save
+        self.history.mark("restore", self.step, str(entry.id))
+        return entry
+
+    def _restore(self, store: Checkpoints, which: Which) -> Entry:
         if self.state in ("training", "validating", "testing", "predicting"):
             raise RuntimeError(f"can't restore while {self.state}; stop first")
         state, entry = store.load(which)
@@ -216,8 +239,7 @@ class Restore(Scored):
             self.load_state_dict(state)
         except RestoreError as error:
             raise RestoreError(f"{entry.path}: {error}") from error
-        self._owned = True
-        self.history.mark("restore", self.step, str(entry.id))
+        self._owned, self.parent = True, entry.id
         return entry
 
 # %% ../nbs/25_state.ipynb #33b3af34
@@ -236,6 +258,7 @@ class AutoSave(Callback):
         self.saved = -1
 
     def after_batch(self, learn: Any) -> None:
+        self._tell(learn)
         if self._due(learn) and not (learn.owed or learn.stream.at_end):
             self._save(learn)
 
@@ -250,6 +273,7 @@ class AutoSave(Callback):
     def cleanup_fit(self, learn: Any) -> None:
         if learn.state != "failed" and not learn.broken and learn.step > learn.fit_start:
             self._save(learn)
+        self._tell(learn, wait=True)
 
     def _due(self, learn: Any) -> bool:
         return self.every != "epoch" and learn.step % int(self.every) == 0
@@ -257,10 +281,14 @@ class AutoSave(Callback):
     def _save(self, learn: Restore) -> None:
         if learn.step != self.saved:
             try:
-                learn.save()
+                learn.save(background=True)
                 self.saved = learn.step
             except (CheckpointError, OSError) as error:
                 warnings.warn(f"no checkpoint at step {learn.step}, training goes on: {error}", stacklevel=2)
+
+    def _tell(self, learn: Restore, wait: bool = False) -> None:
+        if learn.checkpoints is not None and (error := learn.checkpoints.problem(wait)):
+            warnings.warn(f"a checkpoint is missing, training goes on: {error}", stacklevel=3)
 
     def __repr__(self) -> str:
         return f"AutoSave({self.every!r})"

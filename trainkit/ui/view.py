@@ -47,6 +47,7 @@ class View(Callback):
     "A callback that only looks."
 
     order = 90  # behind everything that records
+    probing = False  # a trial run is nothing to show
     off = False  # set by the first error
 
     @quietly
