@@ -316,8 +316,8 @@ class Thing:
 @pytest.mark.parametrize("what", ["weight_decay", "weights.loss", "clip_grad_norm.max_norm", "own"])
 def test_scheduled_numbers(what, begun):
     thing = Thing()
-    learn = supervised(opt=OptimBuilder("adamw", lr=0.01), cbs=[
-        ClipGradNorm(1.0), cb := Scheduled((thing, "margin") if what == "own" else what, "linear", to=0.1, total=20)])  # fmt: skip
+    cb = Scheduled((thing, "margin") if what == "own" else what, "linear", to=0.1, total=20)
+    learn = supervised(opt=OptimBuilder("adamw", lr=0.01), cbs=[ClipGradNorm(1.0), cb])
     if begun:
         learn.fit(steps=begun)
     was, before = everything(learn), knob(learn, what).read() if what != "own" else thing.margin

@@ -1000,7 +1000,7 @@ def test_what_the_checkpoint_overrules_is_said(tmp_path):
     other = learner(loss={"a": ("mse", 5.0), "b": ("l1", 3.0)}, opt=OptimBuilder("adamw", lr=0.5), run=tmp_path / "run")
     with pytest.warns(UserWarning, match=r"lr=0.01.*the code says.*lr=0.5.*term weights"):
         other.restore()
-    with pytest.raises(ValueError, match="terms with weights were"):
+    with pytest.raises(ValueError, match="the terms of the loss were"):
         learner(run=tmp_path / "run").restore()
     module = learner(loss=nn.MSELoss(), run=tmp_path / "m")
     module.fit(1)

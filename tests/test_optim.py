@@ -592,6 +592,20 @@ def test_an_installed_packages_optimizer_goes_by_its_name_and_trains(name, packa
     assert plan.with_(lr=0.5).name == name.lower()
 
 
+def test_every_name_of_a_package_makes_an_optimizer_or_is_refused_with_its_reason():
+    from pytorch_optimizer import get_supported_optimizers
+
+    refused = {}
+    for name in get_supported_optimizers():
+        try:
+            opt = OptimBuilder(name, lr=1e-3).build(nn.Linear(3, 3))
+            assert isinstance(opt, torch.optim.Optimizer), name
+        except (TypeError, ValueError) as error:
+            refused[name] = str(error)
+    assert all(name in message for name, message in refused.items())
+    assert {"lbfgs", "lomo", "ranger21"} < refused.keys() and len(refused) < 20
+
+
 def test_lamb_by_name_is_lamb_by_hand():
     from pytorch_optimizer import Lamb
 
@@ -833,6 +847,7 @@ def test_a_choice_by_function_prints_as_what_finds_it_again():
     ({"schedule": {"name": "cosine", "by": "hour"}}, "by must be one of"),
     ({"schedule": {"name": "plateau"}}, "monitor='valid/loss'"),
     ({"schedule": {"name": "steplr"}}, "missing a required argument: 'step_size'"),
+    ({"schedule": {"name": "multisteplr", "milestones": [3, 60]}, "total": 50}, "60 will not be reached with total=50"),
     ({"schedules": "cosine"}, "adamw: schedules must be {option: schedule}; received 'cosine'"),
     ({"fused": 1}, "adamw: fused must be True, False or 'auto'; received 1"),
     ({"schedule": None}, "a scheduler is a name or a function"), ({"name": None}, "received NoneType None"),

@@ -773,6 +773,16 @@ def test_a_sequence_in_a_state_decides_over_that_of_the_code():
     assert walk(other, 10) == walk(saved, 10) and other.options == {"parts": parts}
 
 
+def test_a_state_whose_values_the_knob_can_not_take_changes_nothing():
+    schedule = Schedule(OptionKnob(adam(betas=(0.5, 0.9)), "beta1"), "linear", total=10)
+    schedule.advance()
+    before, values = schedule.state_dict(), schedule.lr
+    for change in {"end": 3.0, "update": 9}, {"overridden": {"times": 9.0}}, {"bases": [4.0]}:
+        with pytest.raises(ValueError, match="beta1: the value at update .* must be >= 0 and < 1"):
+            schedule.load_state_dict({**before, **change})
+        assert (schedule.state_dict(), schedule.lr) == (before, values)
+
+
 def test_a_function_among_the_options_needs_no_name_to_be_restored():
     def plan():
         return make("sequence", total=10, parts=[{"name": lambda u, total: 1 - u / total, "length": 4}, "constant"])

@@ -426,3 +426,51 @@ def test_a_checkpoint_made_behind_a_validation_is_exact(tmp_path):
         again.restore(step)
         again.fit()
         same_weights(straight, again)
+
+
+def test_a_weight_that_a_term_was_given_later_comes_back(tmp_path):
+    "A term of a step of one's own has no weight until somebody gives it one; that is no difference of the code."
+
+    def make():
+        def step(learn, batch):
+            pred = learn.model(batch[0])
+            return {"fit": F.mse_loss(pred, batch[1]), "size": pred.square().mean()}
+
+        player = Player("model", net(), step=step, opt=OptimBuilder("sgd", lr=0.01))
+        return Learner(player, DataLoader(TensorDataset(X, Y), batch_size=4), front="none", run=tmp_path / "run")
+
+    first = make()
+    first.fit(steps=1)
+    first.players[0].weights["size"] = 0.25
+    first.fit(steps=2)
+    again = make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what a hand changed is no word of the code's
+        again.restore()
+    assert again.players[0].weights == {"size": 0.25}
+
+
+@pytest.mark.parametrize("ending", ["error", "interrupt_twice", "cancel_fit", "cancel_batch"])
+def test_a_step_that_ended_badly_counts_for_schedules_of_steps_too(ending):
+    learn = learner(cbs=[level := Level("step")])
+    end_by(learn, ending, at=5)
+    assert level.schedule.update == learn.step
+
+
+def test_settings_that_would_change_nothing_are_refused():
+    with pytest.raises(TypeError, match="optimizer_lr would change nothing, as opt= is given"):
+        learner(optimizer_lr=0.1)
+    assert Learner(net(), [(X, Y)], "mse", optimizer_lr=0.125, front="none").players[0].schedule.lr == [0.125]
+
+
+def test_a_schedule_may_follow_a_score():
+    from trainkit.callbacks.stopping import Score
+
+    dls = DataLoader(TensorDataset(X, Y), batch_size=4)
+    model = net()
+    opt = OptimBuilder("sgd", lr=0.0, schedule={"name": "plateau", "monitor": "valid/score", "patience": 0, "factor": 0.5})
+    with pytest.warns(UserWarning, match="learning rate"):
+        learn = Learner(model, (dls, dls), "mse", opt, cbs=Score({"valid/loss": 1.0}), front="none")
+    learn.fit(epochs=3)
+    assert learn.players[0].schedule.update == 3
+    assert set(learn.validate()) == {"valid/loss", "valid/score"}

@@ -133,6 +133,7 @@ def test_held_at_the_end(plan):
     schedule = make_schedule(sgd(1.0), plan, total=10)
     rates = [row[0][0] for row in walk(schedule, 40)]
     assert len({*rates[10:]}) == 1 and schedule.done
+    assert rates[10] == rates[9] or plan != "OneCycleLR"  # that one is at its end in the last update
     reference = torchs.CosineAnnealingLR(theirs := sgd(1.0), 10)
     for _ in range(20):
         theirs.step(), reference.step()
@@ -257,6 +258,16 @@ def test_telling_a_scheduler_only_its_epoch_is_not_enough(name):
     poked = make_schedule(sgd(0.1), plan_for(name))
     poked._made.scheduler.last_epoch = 12
     assert walk(poked, 7)[1:] != expected[13:]
+
+
+def test_parts_of_a_scheduler_get_their_own_types_back():
+    def plan():
+        return make_schedule(sgd(0.1), lambda opt: torchs.ChainedScheduler([torchs.MultiStepLR(opt, [2, 4])]))
+
+    first, second = plan(), plan()
+    second.load_state_dict(check_plain(first.state_dict()))
+    (ours,), (theirs,) = (s._made.scheduler._schedulers for s in (second, first))
+    assert type(ours.milestones) is type(theirs.milestones) and [*ours.milestones.elements()] == [2, 4]
 
 
 def test_the_momentum_is_put_back_too():

@@ -280,9 +280,8 @@ def fault_of(
     except Exception as error:  # a damaged archive fails in many ways, all of which mean the same
         return f"it is not a readable archive ({type(error).__name__}: {error})"
 
-
-# What the pickled part of a plain state is made of. torch's own list is longer, and one name on it, bytearray, is enough to
-# fill the memory from a file of a kilobyte.
+# %% ../nbs/23_checkpoint.ipynb #9a7f708f
+# What the pickled part of a plain state is made of.
 KNOWN = re.compile(r"collections OrderedDict|(builtins|__builtin__) (set|complex)|_codecs encode|torch (Size|device|\w*Storage|"
                    r"u?int\d+|bool|float\w+|bfloat16|half|double|complex\w+|per_tensor_affine|quint8|qint8|qint32)|"
                    r"torch\._utils _rebuild_(tensor_v2|qtensor|sparse_tensor|parameter)|torch\.storage UntypedStorage|"

@@ -69,7 +69,7 @@ def prepare(name: str, shape: Callable[..., Any], options: Mapping[str, Any]) ->
     "A shape with its options as a function (update, total), and whether it can do without its length."
     if isinstance(shape, type):
         if not inspect.isfunction(getattr(shape, "__call__", None)):  # noqa: B004 - a class can always be called
-            raise TypeError(f"scheduler {name!r} is no shape: {path_of(shape)} makes things that can't be called as (update, total)")
+            raise TypeError(f"scheduler {name!r} is no shape: what {path_of(shape)} makes can't be called as (update, total)")
         check_options(name, shape, options, given=0)
         made = shape(**options)
         return made, getattr(made, "endless", is_endless(made))
@@ -213,7 +213,8 @@ class Part(PlannedCurve):
         super().__init__(name, **options)
         good = length >= 1 if isinstance(length, int) else isinstance(length, float) and 0 < length < 1
         if isinstance(length, bool) or not (length is None or good):
-            raise ValueError(f"the length of part {self.name!r} must be a whole number >= 1 or a fraction 0 < f < 1; received {length!r}")
+            raise ValueError(f"the length of part {self.name!r} must be a whole number >= 1 or a fraction 0 < f < 1; "
+                             f"received {length!r}")  # fmt: skip
         if isinstance(level, bool) or not isinstance(level, (int, float)) or not 0 <= level < math.inf:
             raise ValueError(f"the level of part {self.name!r} must be a multiplier >= 0; received {level!r}")
         self.length, self.level = length, float(level)

@@ -208,13 +208,19 @@ class Measure(Hooks):
             raise ValueError("there is nothing to test on: give the learner a test loader, or test(dl)")
         return self._measure("test", "test", loaders, self.test_step, self.test_epoch_end, True)
 
-    def _recorded(self, results: Mapping[str, float]) -> None:
-        "These were just recorded; a learner tells the schedules that follow one of them."
+    results: dict[str, float] = {}  # what the evaluation under way has found and recorded, by series
+
+    def record(self, found: Mapping[str, float]) -> None:
+        "Put results into the history; at `after_validate`, a callback may add some of its own."
+        for name, value in found.items():
+            self.results[name] = value
+            self.history.add(name, value, self.step)
 
     def _measure(
         self, what: str, split: str, loaders: Mapping[str, Any], step: Callable, epoch_end: Callable, record: bool
     ) -> dict[str, float]:
         results: dict[str, float] = {}
+        self.results = {}
         overridden = getattr(type(self), epoch_end.__name__) is not getattr(Hooks, epoch_end.__name__)
         outputs: dict[str, list[Any]] = {name: [] for name in loaders}
 
@@ -227,9 +233,8 @@ class Measure(Hooks):
                     results.update({f"{prefix}/{name}": value for name, value in gathered.compute().items()})
                 found = scalars(epoch_end(outputs), "score")
             results.update({f"{split}/{name}": float(value) for name, value in found.items()})
-            for name, value in results.items() if record else ():
-                self.history.add(name, value, self.step)
-            self._recorded(results if record else {})
+            self.results = results if record else {}
+            self.record(self.results)
 
         return results if self._scope(what, body, CancelValidate) else {}
 

@@ -338,6 +338,7 @@ class Placed(Steps):
     "Puts everything where it belongs."
 
     settings: Settings
+    typed: list[str]  # keys of the settings that were given as arguments
 
     def _place(self, compile: bool | dict) -> None:
         "Modules to their device, then one optimizer for each player."
@@ -355,6 +356,9 @@ class Placed(Steps):
                 apply_channels_last(module)
             if compile:
                 compile_module(module, compile)
+        typed = [key for key in self.typed if key.startswith(("optimizer_", "scheduler_"))]
+        if typed and all(player.builder is not None for player in self.players):
+            raise TypeError(f"{', '.join(typed)} would change nothing, as opt= is given: write it there, OptimBuilder(…, lr=…)")
         for player in self.players:
             if player.builder is None:
                 with blaming(settings, [key for key in KEYS if key[0] != "trainkit"]):
@@ -445,7 +449,7 @@ class Learner(Shown):
         **settings: Any,  # any key of settings.ini's [trainkit] section: device, precision, seed, monitor, front …
     ):
         check_keywords(type(self), settings)
-        self.settings = load_settings(**settings)
+        self.settings, self.typed = load_settings(**settings), [*settings]
         if self.settings.seed is not None:
             seed_everything(self.settings.seed)
         self.players, self.split = gathering(as_players(model, loss, opt), accumulate), checked_split(split)

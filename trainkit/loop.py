@@ -223,6 +223,9 @@ class Clock(Marks):
     def _after_round(self) -> None:
         every = self.target.validate_every
         self.owed = bool(self.loaders.valid and every and self.step % every == 0)
+        self._count_steps()
+
+    def _count_steps(self) -> None:
         while self._ticked < self.step:
             self._ticked += 1
             self._tick("step")
@@ -231,10 +234,15 @@ class Clock(Marks):
         self.epoch, self.drawn = self.epoch + 1, False
         self._tick("epoch")
 
-    def _recorded(self, results: Mapping[str, float]) -> None:
+    def record(self, found: Mapping[str, float]) -> None:
+        "Put results into the history, and tell the schedules that follow one of them."
+        super().record(found)
+        self._follow(found)
+
+    def _follow(self, found: Mapping[str, float]) -> None:
         for schedule in self._ticking.get("metric", ()):
-            if schedule.monitor in results:
-                schedule.observe(results[schedule.monitor])
+            if schedule.monitor in found:
+                schedule.observe(found[schedule.monitor])
 
     def _means(self) -> dict[str, float]:
         "This epoch's means of the training series that a schedule follows."
@@ -270,6 +278,7 @@ class Loop(Clock):
                 self._scope("batch", self._turns, CancelBatch)
             finally:
                 self.step = done  # a batch counts, however it ended: it will not come again
+                self._count_steps()
             self.broken = False
             self._after_round()
             self._between()
@@ -278,6 +287,6 @@ class Loop(Clock):
         self.drawn = True
         if self.loaders.valid and not self.target.validate_every:
             self.validate()
-        self._recorded(self._means())
+        self._follow(self._means())
         self._count_epoch()
         self.history.mark("epoch", self.step, str(self.epoch))

@@ -121,7 +121,7 @@ def suggest(
     if descent.lowest < 3 and descent.end < len(lrs):
         return Suggestion(None, f"the loss rises from the first rates on: a start below {lrs[0]:.2g} may show more")
     if not descent.clear:
-        return Suggestion(None, f"no descent: the loss falls by {max(descent.drop, 0):.2g}, which noise of "
+        return Suggestion(None, f"there is no descent: the loss falls by {max(descent.drop, 0):.2g}, which noise of "
                                 f"{descent.noise:.2g} from batch to batch can do as well")  # fmt: skip
     first, last = descent.left(0.1), descent.lowest
     slopes = np.gradient(descent.smooth[: descent.end], np.log10(lrs[: descent.end]))
@@ -213,10 +213,10 @@ class Reading:
 def sentence(found: Reading) -> str:
     "A finding in words."
     said, d = found.suggestion, found.descent
-    head = f"{found.player}: no suggestion, {said.why}"
+    head = f"{found.player}: no suggestion, because {said.why}"
     if said.lr is not None and d is not None:
-        head = (f"{found.player}: lr={said.lr:.2g} is suggested. The loss goes from {d.level:.3g} down to "
-                f"{d.smooth[d.lowest]:.3g} (at {said.minimum:.2g}); {said.why}")  # fmt: skip
+        head = (f"{found.player}: lr={said.lr:.2g} is suggested: {said.why}. The loss goes from {d.level:.3g} down to "
+                f"{d.smooth[d.lowest]:.3g} at {said.minimum:.2g}")  # fmt: skip
     exploded = f"It explodes at {found.diverged_at:.2g}" if found.diverged_at else ""
     early = ENDINGS[found.ended] if found.ended not in ("finished", "diverged", "unbounded") else ""
     early = f"The trial ended at {found.bound:.2g}: {early}" if early and found.bound else early
@@ -267,7 +267,7 @@ class LRFind(Reading):
         if ax is None:
             from matplotlib.figure import Figure
 
-            ax = Figure(figsize=(6, 3), layout="constrained").add_subplot()
+            ax = Figure(figsize=(6, 3), dpi=80, layout="constrained").add_subplot()
         draw(self, ax)
         return ax
 

@@ -119,6 +119,9 @@ def listed(value: Any) -> Any:
 def split_schedule(schedule: Any, warmup: int | float, total: int | None) -> tuple[Any, dict[str, Any], int | float, int | None]:
     "A schedule, checked, as (shape, options, warmup, total); ValueError for what is said twice."
     options = listed(check_schedule(schedule, total, warmup))
+    end, places = options.get("total"), [*options.get("boundaries", []), *options.get("milestones", [])]
+    if end is not None and (late := [place for place in places if place >= end]):
+        raise ValueError(f"schedule {options['name']!r}: {', '.join(map(str, late))} will not be reached with total={end}")
     return options.pop("name"), options, options.pop("warmup", 0), options.pop("total", None)
 
 # %% ../nbs/17_optim.ipynb #b1495e04
@@ -376,9 +379,10 @@ def adopt(name: str, optimizer: Optimizer) -> Optimizer:
     if still:
         where = "everywhere" if len(still) == len(optimizer.param_groups) else f"in group {', '.join(still)}"
         warnings.warn(f"{name}: the learning rate is 0 {where}: nothing will move there", stacklevel=4)
-    optimizer.register_step_pre_hook(align_gradients)
-    optimizer.register_load_state_dict_pre_hook(keep_how)
-    optimizer.register_load_state_dict_post_hook(align_state)
+    if hasattr(optimizer, "_optimizer_load_state_dict_pre_hooks"):  # a wrapper around another one may be without
+        optimizer.register_step_pre_hook(align_gradients)
+        optimizer.register_load_state_dict_pre_hook(keep_how)
+        optimizer.register_load_state_dict_post_hook(align_state)
     return optimizer
 
 

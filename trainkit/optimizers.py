@@ -161,7 +161,7 @@ def find_optimizer(
     return name, factory
 
 # %% ../nbs/16a_optimizers.ipynb #9047bd6f
-LIMITS = {"lr": np.inf, "lr_scale": np.inf, "weight_decay": np.inf, "momentum": np.inf, "eps": np.inf, "betas": 1.0}  # 0 <= x < limit
+LIMITS = {**dict.fromkeys(("lr", "lr_scale", "weight_decay", "momentum", "eps"), np.inf), "betas": 1.0}  # 0 <= x < limit
 
 
 def check_value(owner: str, option: str, value: Any) -> Any:

@@ -5,6 +5,7 @@
 # %% ../nbs/21_player.ipynb #abd65f56
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -158,6 +159,7 @@ class PlayerPlan:
         self.terms = checked_terms(name, as_terms(loss) if loss is not None else [], weights)
         self.weights = {**{term.name: float(term.weight) for term in self.terms}, **(weights or {})}
         self.builder = as_builder(opt) if opt is not None else None
+        self.said: dict[str, Any] = {}  # what the code says, once the player is built
         self.updates = 0  # optimizer steps made
         self.window: list[int] = []  # samples in each turn since then, whose gradients are summed up
 
@@ -194,11 +196,13 @@ class Player(PlayerPlan):
         "Make the optimizer, the schedule and (for fp16) the scaler; the modules are on their device by now."
         self.builder = self.builder or OptimBuilder()
         try:
-            self.opt = self.builder.build([*self.named_parameters()])
+            modules = [unwrapped(module) for module in self.modules.values()]
+            self.opt = self.builder.build([*self.named_parameters()], modules=modules)
         except (TypeError, ValueError) as error:
             raise type(error)(f"player {self.name!r}: {error}") from error
-        self.schedules = self.builder.schedules_for(self.opt) if hasattr(self.builder, "schedules_for") else {"lr": self.builder.schedule_for(self.opt)}
+        self.schedules = self.builder.schedules_for(self.opt)
         self.scaler = precision.scaler()
+        self.said = {"plan": repr(self.builder), "every": self.every, "accumulate": self.accumulate, "weights": {**self.weights}}
 
     @property
     def schedule(self) -> Schedule:
@@ -324,7 +328,8 @@ def player_state(player: Player) -> dict[str, Any]:
         "schedules": {option: schedule.state_dict() for option, schedule in player.schedules.items()},
         "scaler": player.scaler.state_dict() if player.scaler else {},
         "optimizer_class": type(player.opt).__name__,
-        "plan": repr(player.builder),
+        "terms": [term.name for term in player.terms],
+        "said": copy.deepcopy(player.said),
         "updates": player.updates,
         "weights": dict(player.weights),
         "every": player.every,
@@ -346,7 +351,9 @@ def load_player(player: Player, state: dict[str, Any]) -> None:
         schedule.load_state_dict(state["schedules"][option])
     if player.scaler is not None and state["scaler"]:
         player.scaler.load_state_dict(state["scaler"])
-    player.updates, player.weights, player.every = state["updates"], dict(state["weights"]), state["every"]
+    player.updates, player.every = state["updates"], state["every"]
+    player.weights.clear()  # the same dictionary: somebody may hold it
+    player.weights.update(state["weights"])
     player.accumulate, player.window = state["accumulate"], list(state["window"])
     for name, p in player.named_parameters():
         saved = state["gradients"].get(name)

@@ -170,7 +170,8 @@ class AttributeKnob(Knob):
         self.holder, self.name, self.low, self.high = holder, name, low, high
         if not (name in holder if isinstance(holder, dict) else hasattr(holder, name)):
             there = holder if isinstance(holder, dict) else [k for k in vars(holder) if not k.startswith("_")]
-            raise ValueError(unknown("entry" if isinstance(holder, dict) else f"attribute of {type(holder).__name__}", name, there))
+            kind = "entry" if isinstance(holder, dict) else f"attribute of {type(holder).__name__}"
+            raise ValueError(unknown(kind, name, there))
         if not _is_number(value := self.standing()[0]):
             raise TypeError(f"{name} must be a number to be a knob; it is {value!r:.80}")
 
@@ -358,7 +359,8 @@ def check_place(schedule: BoundCurve, state: Mapping[str, Any], keys: tuple[str,
             raise ValueError(f"the state is of {what} {saved!r}, and this one is {mine!r}")
     bases, places = [finite(v, "a base value") for v in state["bases"]], schedule.knob.places
     if bases and len(bases) != places:
-        raise ValueError(f"the state has {len(bases)} base values of {schedule.knob.name}, and there are {places} places for them")
+        raise ValueError(f"the state has {len(bases)} base values of {schedule.knob.name}, "
+                         f"and there are {places} places for them")  # fmt: skip
     for kind, value in (state["overridden"] or {}).items():
         if kind != "times" or finite(value, "times") < 0:
             schedule.knob.check(value if kind == "value" else math.nan, f"override by {kind}")

@@ -80,7 +80,8 @@ def piecewise(
 def _way(update: float, total: float, pct_start: float, anneal: str) -> tuple[bool, float]:
     "Is the cycle still on its way up, and how much of that way, or of the way down, is done?"
     if anneal not in ("cosine", "linear") or not 0 <= pct_start <= 1:
-        raise ValueError(f"a cycle takes anneal='cosine' or 'linear' and pct_start from 0 to 1; received {anneal!r}, {pct_start!r}")
+        raise ValueError("a cycle takes anneal='cosine' or 'linear' and pct_start from 0 to 1; "
+                         f"received {anneal!r}, {pct_start!r}")  # fmt: skip
     peak, last = pct_start * total - 1, max(total - 1, 1)
     up = update <= peak
     if up:

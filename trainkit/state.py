@@ -26,7 +26,7 @@ from .player import load_player, player_state
 
 # %% auto #0
 __all__ = ['MORE', 'LESS', 'AUTOMATIC', 'RestoreError', 'State', 'groups_of', 'named', 'player_differences', 'overruled',
-           'Loadable', 'RunFolder', 'best_mode', 'Scored', 'Restore', 'AutoSave']
+           'Loadable', 'RunFolder', 'best_mode', 'Scored', 'Save', 'Restore', 'AutoSave']
 
 # %% ../nbs/25_state.ipynb #7a8ea63e
 class RestoreError(ValueError):
@@ -92,15 +92,16 @@ def player_differences(name: str, saved: dict[str, Any], now: dict[str, Any]) ->
         found.append(f"{name}: the optimizer had parameter groups of {a} tensors, now {b}")
     if (was := named(saved["schedules"])) != (here := named(now["schedules"])):
         found.append(f"{name}: the schedule was {was}, now {here}")
-    if (a := sorted(saved["weights"])) != (b := sorted(now["weights"])):
-        found.append(f"{name}: the terms with weights were {a}, now {b}")
+    if saved["terms"] != now["terms"]:
+        found.append(f"{name}: the terms of the loss were {saved['terms']}, now {now['terms']}")
     return found
 
 
 def overruled(name: str, saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     "What the checkpoint says otherwise than the code, where the checkpoint's word counts."
     keys = {"plan": "optimizer plan", "every": "cadence (every)", "accumulate": "accumulate", "weights": "term weights"}
-    return [f"{name}: {what} {saved[k]} (the code says {now[k]})" for k, what in keys.items() if saved[k] != now[k]]
+    differ = {k: what for k, what in keys.items() if saved["said"][k] != now["said"][k]}  # not what a schedule or a hand changed
+    return [f"{name}: {what} {saved.get(k, saved['said'][k])} (the code says {now['said'][k]})" for k, what in differ.items()]
 
 # %% ../nbs/25_state.ipynb #3481f4cd
 class Loadable(State):
@@ -193,11 +194,13 @@ class Scored(RunFolder):
             near = difflib.get_close_matches(self.monitor, [*names], 3, 0.3)
             warnings.warn(f"monitor={self.monitor!r} is not recorded, so no checkpoint is the best one; recorded are: "
                           f"{', '.join(near or names)}", stacklevel=4)  # fmt: skip
-        return self.monitor or next((name for name in AUTOMATIC if name in names), "")
+        validated = any(name.startswith("valid") for name in names)
+        own = [name for name in AUTOMATIC if name in names and (name.startswith("valid") or not validated)]
+        return self.monitor or next(iter(own), "")
 
 # %% ../nbs/25_state.ipynb #e6d74141
-class Restore(Scored):
-    "Saves and restores."
+class Save(Scored):
+    "Saves."
 
     parent: str = ""  # the checkpoint that this state comes from
 
@@ -223,6 +226,10 @@ class Restore(Scored):
         self.history.flush()
         self.parent = entry.id
         return entry
+
+# %% ../nbs/25_state.ipynb #d72ef5bb
+class Restore(Save):
+    "Restores."
 
     def restore(self, which: Which = "last") -> Entry:
         "Go back to the 'last' or 'best' checkpoint, or to one by its id or entry; `fit()` goes on from there."

@@ -76,7 +76,8 @@ def takes_optimizer(fn: Callable[..., Any]) -> bool:
 def find_any(name: str | Callable[..., Any]) -> tuple[str, Callable[..., Any]]:
     "Name and function of a scheduler of either kind; ValueError with the nearest names when there is none."
     known = torch_schedulers()
-    found: Callable[..., Any] | None = known.get(name.lower().replace("_", "").replace("-", "")) if isinstance(name, str) else None
+    key = name.lower().replace("_", "").replace("-", "") if isinstance(name, str) else ""
+    found: Callable[..., Any] | None = known.get(key)
     if found is None:
         name, found = find_scheduler(name, also=["plateau", *(cls.__name__ for cls in known.values())])
     if found not in known.values():
@@ -342,9 +343,11 @@ class TorchSchedule(MovingTorch):
         options = self.options if plain_options(self.options) == state["options"] else dict(state["options"])
         check_torch(self.name, self._factory, options)
         total = None if state["total"] is None else check_count("total", state["total"], 1, self.by)
-        found: dict[str, Any] = {"total": total, "warmup": check_warmup(state["warmup"], total, self.by), "options": options, "_made": None}
+        warmup = check_warmup(state["warmup"], total, self.by)
+        found: dict[str, Any] = {"total": total, "warmup": warmup, "options": options, "_made": None}
         if made := state["made"]:
-            if not isinstance(made, Mapping) or {"scheduler", "groups"} - made.keys() or not 0 < len(made["groups"]) <= len(bases):
+            whole = isinstance(made, Mapping) and {"scheduler", "groups"} <= made.keys()
+            if not whole or not 0 < len(made["groups"]) <= len(bases):
                 raise ValueError("the counters of a torch scheduler are a 'scheduler' and its 'groups', not more than there are "
                                  f"base values; received {made!r:.80}")  # fmt: skip
             found["_made"] = self._make(total, state["warmup"], options, bases[: len(made["groups"])])
@@ -369,7 +372,8 @@ class PlateauSchedule(TorchSchedule):
         **options: Any,  # of the scheduler: mode, factor, patience …
     ):
         if not isinstance(monitor, str) or not monitor:
-            raise ValueError(f"plateau must know which series of the history to follow: monitor='valid/loss'; received {monitor!r}")
+            raise ValueError("plateau must know which series of the history to follow: monitor='valid/loss'; "
+                             f"received {monitor!r}")  # fmt: skip
         if by == "metric" and isinstance(warmup, float) and warmup > 0:
             raise ValueError(f"plateau: a warm-up of {warmup} has no whole to be a part of; give a number, or by='update'")
         self.monitor = monitor

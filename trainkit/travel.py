@@ -22,7 +22,7 @@ from .player import Player, unwrapped
 from .state import Restore
 
 # %% auto #0
-__all__ = ['Loaded', 'compare_weights', 'tensors_of', 'read_weights', 'Weights', 'Travel']
+__all__ = ['Loaded', 'compare_weights', 'tensors_of', 'read_weights', 'Weights', 'untied', 'Exported', 'Lookback', 'Travel']
 
 # %% ../nbs/25a_travel.ipynb #1adbf21a
 @dataclass
@@ -102,7 +102,7 @@ def _safetensors(what: str) -> Any:
 
 # %% ../nbs/25a_travel.ipynb #79332b1a
 class Weights(Restore):
-    "Takes weights from elsewhere, and gives them away."
+    "Takes weights from elsewhere."
 
     def module_named(self, name: str = "") -> tuple[Player, nn.Module]:
         "A module by its player's name or its own; the only one if there is one."
@@ -128,6 +128,18 @@ class Weights(Restore):
         unwrapped(target).load_state_dict(fitting, strict=False)
         return report
 
+# %% ../nbs/25a_travel.ipynb #88f5929e
+def untied(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    "Each tensor of a state once, as a copy on the CPU; and the names that are left out, with the one that they are tied to."
+    known = {(t.data_ptr(), t.shape, t.stride()): name for name, t in reversed([*state.items()])}
+    first = {name: known[t.data_ptr(), t.shape, t.stride()] if t.numel() else name for name, t in state.items()}
+    tensors = {n: t.detach().cpu().contiguous().clone() for n, t in state.items() if first[n] == n}
+    return tensors, {name: same for name, same in first.items() if name != same}
+
+
+class Exported(Weights):
+    "Gives weights away."
+
     def export_weights(
         self,
         path: str | Path,  # of the .safetensors file
@@ -136,21 +148,15 @@ class Weights(Restore):
         "Write a module's weights, as they would be evaluated, for others to read (docs of safetensors: huggingface.co/docs)."
         save, (_, source), path = _safetensors("write").save, self.module_named(module), Path(path)
         with self.observing("predicting"):
-            state = unwrapped(source).state_dict()
-            known = {(t.data_ptr(), t.shape, t.stride()): name for name, t in reversed(state.items())}
-            tied = {name: known[t.data_ptr(), t.shape, t.stride()] for name, t in state.items() if t.numel()}
-            tensors = {n: t.detach().cpu().contiguous().clone() for n, t in state.items() if tied.get(n, n) == n}
-            meta = {name: first for name, first in tied.items() if name != first}
-            data = save(tensors, {"format": "pt", **meta})
+            tensors, tied = untied(unwrapped(source).state_dict())
+            data = save(tensors, {"format": "pt", **tied})
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: file.write(data))
         return path
 
 # %% ../nbs/25a_travel.ipynb #a96efbbe
-class Travel(Weights):
-    "Looks at other times, and begins other futures."
-
-    history: History
+class Lookback(Exported):
+    "Looks at other times."
 
     @contextmanager
     def at(
@@ -180,6 +186,12 @@ class Travel(Weights):
                 unwrapped(module).load_state_dict(players[player.name]["modules"][name])
         for key, cb in callbacks.items():
             cb.load_state_dict(states[key])
+
+# %% ../nbs/25a_travel.ipynb #bf43555a
+class Travel(Lookback):
+    "Begins other futures."
+
+    history: History
 
     def branch(
         self,

@@ -232,7 +232,7 @@ class Score(Callback):
             raise ValueError(f"Score: {self.series!r} is recorded already, by the learner or another callback; give name=…")
         try:
             if found:
-                learn.history.add(self.series, self.compute(found), learn.step)
+                learn.record({self.series: self.compute(found)})
         except KeyError as error:
             wanted = str(error.args[0])
             if wanted not in columns:  # otherwise it is there, and only not new

@@ -97,7 +97,7 @@ class GANLoss(Protocol):
     def discriminator(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor: ...
 
 # %% ../../nbs/40_gan_losses.ipynb #9d093330
-@dataclass(frozen=True)
+@dataclass
 class Minimax:
     "The saturating loss of Goodfellow et al. 2014; see `minimax_generator` and `minimax_discriminator`."
     label_smoothing: float = 0.0  # one-sided: real targets become 1 minus this, in [0, 1)
@@ -112,7 +112,7 @@ class Minimax:
     def discriminator(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
         return minimax_discriminator(real_logits, fake_logits, self.label_smoothing)
 
-@dataclass(frozen=True)
+@dataclass
 class NonSaturating(Minimax):
     "The usual GAN loss: minimax for the discriminator, `nonsaturating_generator` for the generator."
 
@@ -120,7 +120,7 @@ class NonSaturating(Minimax):
         return nonsaturating_generator(fake_logits)
 
 # %% ../../nbs/40_gan_losses.ipynb #4c9abed0
-@dataclass(frozen=True)
+@dataclass
 class LeastSquares:
     "LSGAN, Mao et al. 2017; see `least_squares_generator` and `least_squares_discriminator`."
     a: float = 0.0  # the discriminator's target for fakes
@@ -134,7 +134,7 @@ class LeastSquares:
         return least_squares_discriminator(real_logits, fake_logits, self.a, self.b)
 
 # %% ../../nbs/40_gan_losses.ipynb #cb74c1dc
-@dataclass(frozen=True)
+@dataclass
 class Wasserstein:
     "The critic's loss of Arjovsky et al. 2017; needs a penalty or constraint that keeps the critic 1-Lipschitz."
 
@@ -144,7 +144,7 @@ class Wasserstein:
     def discriminator(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
         return wasserstein_discriminator(real_logits, fake_logits)
 
-@dataclass(frozen=True)
+@dataclass
 class Hinge:
     "The hinge loss of Lim & Ye 2017 and Miyato et al. 2018; see `hinge_discriminator`."
 
@@ -155,7 +155,7 @@ class Hinge:
         return hinge_discriminator(real_logits, fake_logits)
 
 # %% ../../nbs/40_gan_losses.ipynb #31efe14b
-@dataclass(frozen=True)
+@dataclass
 class LossPair:
     "A GAN loss from two functions of your own."
     for_generator: Callable[..., Tensor]  # f(fake_logits), or f(fake_logits, real_logits)
