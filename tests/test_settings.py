@@ -36,10 +36,12 @@ def test_agreed_defaults():
     assert values(Settings()) == {
         ("trainkit", "device"): "auto", ("trainkit", "precision"): "fp32", ("trainkit", "channels_last"): "auto",
         ("trainkit", "batch_size"): 64, ("trainkit", "seed"): None, ("trainkit", "runs"): "runs",
-        ("trainkit", "save_every"): "epoch", ("trainkit", "keep"): 3, ("trainkit", "monitor"): "",
+        ("trainkit", "save_every"): "epoch", ("trainkit", "keep"): 3,
+        ("trainkit", "keep_best"): 1, ("trainkit", "keep_every"): None, ("trainkit", "monitor"): "",
         ("trainkit", "mode"): "auto", ("trainkit", "front"): "trainkit.ui.front:front", ("trainkit", "refresh"): 1.0,
         ("optimizer", "name"): "adamw", ("optimizer", "lr"): 1e-3, ("optimizer", "weight_decay"): None,
         ("optimizer", "betas"): None, ("optimizer", "momentum"): None, ("optimizer", "fused"): "auto",
+        ("optimizer", "params"): None, ("scheduler", "end"): None, ("scheduler", "monitor"): None, ("scheduler", "by"): None,
         ("scheduler", "name"): "constant", ("scheduler", "warmup"): 0, ("scheduler", "total"): None}
 
 def test_without_a_file_everything_is_default(tmp_path):
@@ -220,7 +222,7 @@ def test_source_of_an_unknown_key():
 def test_the_table_shows_every_value_and_its_source(ini, tmp_path):
     lines = repr(load_settings(tmp_path, keep=5)).splitlines()
     assert len(lines) == len(KEYS)
-    keep, = (line for line in lines if "] keep" in line)
+    keep, = (line for line in lines if "] keep " in line)
     assert keep.split() == ["[trainkit]", "keep", "5", "argument"]
 
 def test_frozen_comparable_hashable_picklable(tmp_path):

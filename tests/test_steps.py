@@ -474,3 +474,73 @@ def test_a_schedule_may_follow_a_score():
     learn.fit(epochs=3)
     assert learn.players[0].schedule.update == 3
     assert set(learn.validate()) == {"valid/loss", "valid/score"}
+
+
+def test_a_plan_from_a_settings_file(tmp_path, monkeypatch):
+    (tmp_path / "settings.ini").write_text(
+        "[optimizer]\nname = adam\nlr = 0.5\nweight_decay = 0.1\nparams = no_decay\n"
+        "[scheduler]\nname = plateau\nmonitor = valid/loss\n")  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    dls = DataLoader(TensorDataset(X, Y), batch_size=4)
+    player = Learner(net(), (dls, dls), "mse", front="none").players[0]
+    assert [g["weight_decay"] for g in player.opt.param_groups] == [0.1, 0.0] and player.schedule.monitor == "valid/loss"
+    (tmp_path / "settings.ini").write_text("[scheduler]\nname = cosine\nend = 0.1\nby = epoch\n")
+    schedule = Learner(net(), dls, "mse", front="none").players[0].schedule
+    assert (schedule.end, schedule.by) == (0.1, "epoch")
+
+
+# ---------------------------------------------------------------------------------------------------------- plateaus
+
+
+def plateau(run=None, monitor="valid/loss", **options):
+    plan = {"name": "plateau", "monitor": monitor, "patience": 1, "factor": 0.5, "threshold": 0.3, **options}
+    dls = DataLoader(TensorDataset(X, Y), batch_size=4, shuffle=True)
+    torch.manual_seed(3)
+    return Learner(net(), (dls, dls), "mse", OptimBuilder("sgd", lr=0.2, schedule=plan), front="none", run=run)
+
+
+@pytest.mark.parametrize("monitor", ["valid/loss", "train/loss"])
+def test_a_plateau_in_a_fit_is_torchs_scheduler_on_the_recorded_values(monitor):
+    learn = plateau(monitor=monitor)
+    learn.fit(epochs=12)
+    steps, values = learn.history.scalars[monitor]
+    if monitor == "train/loss":  # an epoch's mean
+        values = values.reshape(12, 6).mean(axis=1)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.2)
+    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=1, factor=0.5, threshold=0.3)
+    for value in values:
+        theirs.step(value)
+    assert learn.players[0].schedule.lr == [optimizer.param_groups[0]["lr"]] and optimizer.param_groups[0]["lr"] < 0.1
+
+
+def test_a_plateau_resumes_with_its_counters(tmp_path):
+    resumes(plateau, tmp_path, steps=45, at=(6, 13, 24, 31))
+
+
+def test_a_plateau_looks_at_each_validation_once():
+    learn = plateau()
+    learn.fit(steps=12, validate_every=4)
+    learn.validate()  # a look between fits is none of the training's
+    assert learn.players[0].schedule.update == 3
+
+
+def test_a_plateau_under_a_warm_up_in_updates():
+    learn = plateau(by="update", warmup=4)
+    seen = []
+    learn.add(On("before_step", lambda l: seen.append(l.players[0].schedule.lr[0])))
+    learn.fit(epochs=12)
+    assert seen[:5] == pytest.approx([0.04, 0.08, 0.12, 0.16, 0.2])
+    assert seen[-1] <= 0.1  # the plateau was heard of
+
+
+def test_a_sequence_that_does_not_fit_is_refused_before_anything():
+    plans = [OptimBuilder("sgd", lr=0.1, schedule="cosine"),
+             OptimBuilder("sgd", lr=0.1, schedule={"name": "sequence", "parts": [
+                 {"name": "constant", "length": 50}, {"name": "linear"}]})]  # fmt: skip
+    players = [Player("a", net(), opt=plans[0]), Player("b", nn.Linear(1, 1), opt=plans[1])]
+    learn = Two(players, DataLoader(TensorDataset(X, Y), batch_size=4), front="none")
+    with pytest.raises(ValueError, match="player 'b'"):
+        learn.fit(steps=20)
+    assert [p.schedule.total for p in players] == [None, None]
+    learn.fit(steps=60)
+    assert learn.step == 60

@@ -530,7 +530,7 @@ class Locked(Claimed):
         "Keep other processes out until `unlock` (or the end of this one); CheckpointError if one of them is inside."
         if fcntl is None or self._lock is not None or not self.folder.exists():
             return
-        file = open(self.folder / "lock", "a")  # noqa: SIM115
+        file = open(self.folder / "lock", "a")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._lock = file

@@ -37,7 +37,7 @@ from .state import AutoSave, best_mode
 
 # %% auto #0
 __all__ = ['SYNONYMS', 'Stoppable', 'two_stage_interrupt', 'Planned', 'Plan', 'Running', 'Fit', 'as_players', 'gathering',
-           'Steps', 'blaming', 'Placed', 'Shown', 'check_keywords', 'Learner']
+           'Steps', 'blaming', 'Placed', 'Kept', 'Shown', 'check_keywords', 'Learner']
 
 # %% ../nbs/27_learner.ipynb #16623574
 class Stoppable(Loop):
@@ -118,7 +118,8 @@ class Planned(Stoppable):
         plan_schedules([(who, s, self._ahead.units(s.by, player)) for who, s, player in clocks], target.schedule)
         self._moving = {p.name: [s for who, s, player in clocks if player is p and s.by == "update"
                                  and s not in p.schedules.values()] for p in self.players}  # fmt: skip
-        self._ticking = {by: [s for _, s, _ in clocks if s.by == by] for by in ("step", "epoch", "metric")}
+        self._ticking = {by: [s for _, s, _ in clocks if s.by == by] for by in ("step", "epoch")}
+        self._ticking["metric"] = [s for _, s, _ in clocks if s.monitor]
         self.fit_start, self.fit_steps, self._ticked = self.step, left, self.step
 
     def _clocks(self) -> list[tuple[str, Any, Player | None]]:
@@ -356,6 +357,13 @@ class Placed(Steps):
                 apply_channels_last(module)
             if compile:
                 compile_module(module, compile)
+        self._equip(settings)
+        own_parameters(self.players)
+        self._others, self._lrs = others_of(self.players), {}
+        self._prefix = {player.name: self.prefix(player) for player in self.players}
+
+    def _equip(self, settings: Settings) -> None:
+        "Every player gets its optimizer; those that say nothing, the settings' one."
         typed = [key for key in self.typed if key.startswith(("optimizer_", "scheduler_"))]
         if typed and all(player.builder is not None for player in self.players):
             raise TypeError(f"{', '.join(typed)} would change nothing, as opt= is given: write it there, OptimBuilder(…, lr=…)")
@@ -364,9 +372,10 @@ class Placed(Steps):
                 with blaming(settings, [key for key in KEYS if key[0] != "trainkit"]):
                     player.builder = OptimBuilder.from_settings(vars(settings.optimizer), vars(settings.scheduler))
             player.build(self.precision)
-        own_parameters(self.players)
-        self._others, self._lrs = others_of(self.players), {}
-        self._prefix = {player.name: self.prefix(player) for player in self.players}
+
+# %% ../nbs/27_learner.ipynb #2614bdb7
+class Kept(Placed):
+    "Keeps a run on disk."
 
     def _remember(self, run: str | Path | None) -> None:
         "Where the run is kept, and what its best checkpoint is."
@@ -378,12 +387,12 @@ class Placed(Steps):
         if self.monitor and not (self.mode or best_mode(self.monitor)):
             raise ValueError(f"monitor={self.monitor!r}: is more of it better, or less? Say mode='max' or mode='min'")
         if self.run is not None:
-            self.checkpoints = Checkpoints(self.run / "checkpoints", keep=settings.keep)
+            self.checkpoints = Checkpoints(self.run / "checkpoints", settings.keep, settings.keep_best, settings.keep_every)
             if settings.save_every != "none" and self.cbs.get(AutoSave) is None:
                 self.add(AutoSave(settings.save_every))
 
 # %% ../nbs/27_learner.ipynb #d4fa3b91
-class Shown(Placed):
+class Shown(Kept):
     "Lets the front attach what shows the run."
 
     _fronted: bool = False

@@ -111,6 +111,7 @@ class OptimizerSettings:
     weight_decay: float | None = key(None, _rate | _own, "pull of the weights towards zero")
     betas: tuple[float, float] | None = key(None, pair(_share) | _own, "memory of Adam's two averages")
     momentum: float | None = key(None, _rate | _own, "memory of SGD's average")
+    params: str | None = key(None, text("no_decay, or another rule by name") | empty("one group"), "the parameters' groups")
     fused: Literal["auto", "yes", "no"] = key("auto", _switch, "one kernel for all parameters")
 
 # %% ../nbs/00_settings.ipynb #4d6659a5
@@ -120,6 +121,9 @@ class SchedulerSettings:
     name: str = key("constant", text("constant, cosine … or a registered one"), "how its rate moves")
     warmup: int | float = key(0, whole(0) | _share, "updates, or part of them all, until the full rate")
     total: int | None = key(None, whole(1) | empty("the fit's length"), "updates until the end of the schedule")
+    end: float | None = key(None, _rate | empty("the schedule's own"), "by what the rate is multiplied at the end")
+    monitor: str | None = key(None, text("a name as valid/loss") | empty("none"), "the series that a plateau follows")
+    by: str | None = key(None, choice("update", "step", "epoch") | empty("the schedule's own"), "what one unit of it is")
 
 # %% ../nbs/00_settings.ipynb #eceaa3ca
 @dataclass(frozen=True, repr=False)
@@ -132,7 +136,9 @@ class Settings:
     seed: int | None = key(None, whole(0, 2**32 - 1) | empty("left alone"), "of all random generators")
     runs: str = key("runs", text("a folder"), "where run='name' lies, a run given without a path")
     save_every: str | int = key("epoch", choice("epoch", "none") | whole(1), "automatic checkpoints, by epoch or steps")
-    keep: int = key(3, whole(2), "how many checkpoints are kept beside the best")
+    keep: int = key(3, whole(2), "how many of the newest checkpoints are kept")
+    keep_best: int = key(1, whole(0), "how many of the best, beside them")
+    keep_every: int | None = key(None, whole(1) | empty("no others"), "those whose step is a multiple of it, too")
     monitor: str = key("", text("a name as valid/loss, or empty: automatic", empty=True), "what the best is judged by")
     mode: Literal["auto", "min", "max"] = key("auto", choice("auto", "min", "max"), "whether low or high is best")
     front: str = key("trainkit.ui.front:front", choice("none") | text("module:function"), "what shows a run")
