@@ -220,7 +220,7 @@ class Part(PlannedCurve):
         self.length, self.level = length, float(level)
 
 # %% ../nbs/13a_curve.ipynb #b11f6d58
-@register_scheduler("sequence")
+@register_scheduler("sequence", overwrite=True)
 class sequence:
     "Shapes one after another."
 
