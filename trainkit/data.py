@@ -25,7 +25,7 @@ from .device import preserve_rng, rng_state, set_rng_state
 # %% auto #0
 __all__ = ['ACCEPTED', 'TARGET_KEYS', 'Split', 'ANEW', 'describe', 'length_of', 'as_tensor', 'ArrayDataset', 'as_loader',
            'Loaders', 'as_loaders', 'split_batch', 'check_parts', 'checked_split', 'batch_size_of', 'worker_safe',
-           'EpochStart', 'Rewindable', 'Stateful', 'ForwardOnly', 'Batches', 'BatchStream']
+           'EpochStart', 'skipped', 'Rewindable', 'Stateful', 'ForwardOnly', 'Batches', 'BatchStream']
 
 # %% ../nbs/11_data.ipynb #1312a433
 def describe(
@@ -399,7 +399,7 @@ def _past(taken: int, drawn: float, loader: Any, name: str) -> str:
             f"{where}. {ANEW}")  # fmt: skip
 
 
-def _skip(it: Iterator, n: int, loader: Any, name: str) -> Iterator:
+def skipped(it: Iterator, n: int, loader: Any, name: str) -> Iterator:
     "The iterator without its next n batches."
     for i in range(n):
         if next(it, None) is None:
@@ -442,7 +442,7 @@ class Rewindable(_Source):
         "An iterator that stands at batch k of the epoch."
         if k and self.start is not None:
             with preserve_rng():
-                return _skip(self.start.iterate(self.loader), k, self.loader, self.name)
+                return skipped(self.start.iterate(self.loader), k, self.loader, self.name)
         if self.start is not None:
             self.start.set_generators(self.loader)
         self.start = EpochStart.of(self.loader)
@@ -462,13 +462,18 @@ class Stateful(Rewindable):
 
     saved: Any = None  # to be given back to the loader when next opened
 
+    @property
+    def keeper(self) -> Any:
+        "Who is asked for the state."
+        return self.loader
+
     def open(self, k: int) -> Iterator:
         if k and self.saved is None:
             return super().open(k)
         self.start = self.start if k else EpochStart.of(self.loader)
         with preserve_rng():
             if self.saved is not None:
-                self.loader.load_state_dict(self.saved)
+                self.keeper.load_state_dict(self.saved)
                 self.saved = None
             it = iter(self.loader)
         if not k:
@@ -484,7 +489,7 @@ class Stateful(Rewindable):
         if self.saved is not None:
             return self.saved
         with preserve_rng():
-            return self.loader.state_dict()
+            return self.keeper.state_dict()
 
     def state_dict(self, k: int) -> dict[str, Any]:
         return super().state_dict(k) | {"loader": self._ask()}
@@ -513,7 +518,7 @@ class ForwardOnly(Rewindable):
         missing, self.drawn = self.taken - self.drawn, self.taken
         with preserve_rng():
             set_rng_state(self.start.rng)
-            return _skip(iter(self.loader), int(missing), self.loader, self.name)
+            return skipped(iter(self.loader), int(missing), self.loader, self.name)
 
     def moved(self, end: bool = False) -> None:
         self.taken, self.drawn = (0, 0) if end else (self.taken + 1, self.drawn + 1)

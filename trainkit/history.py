@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LAST_STEP', 'Value', 'Column', 'fetch', 'as_scalar', 'Columns', 'Mark', 'plain', 'Snapshot', 'Record', 'Reader',
-           'to_rows', 'to_line', 'apply_row', 'replay', 'Journal', 'Stored', 'to_state', 'from_state', 'catch_up',
-           'History']
+           'to_rows', 'to_line', 'become', 'apply_row', 'replay', 'Journal', 'Stored', 'to_state', 'from_state',
+           'past_of', 'fork_of', 'catch_up', 'History']
 
 # %% ../nbs/01_history.ipynb #567cb02c
 import json
@@ -24,6 +24,8 @@ from typing import IO, Any
 
 import numpy as np
 import torch
+
+from .forks import Scalars, Tail, covered, cut, fork_step, kept, same, upto
 
 # %% ../nbs/01_history.ipynb #2e4e0f01
 class Column:
@@ -163,9 +165,10 @@ def plain(
 @dataclass(frozen=True)
 class Snapshot:
     "The history at one moment."
-    scalars: Mapping[str, tuple[np.ndarray, np.ndarray]]  # name -> (steps int64, values float64)
+    scalars: Scalars  # name -> (steps int64, values float64)
     marks: tuple[Mark, ...]
     version: int
+    tails: tuple[Tail, ...] = ()
 
 # %% ../nbs/01_history.ipynb #a03f6314
 class Record(Columns):
@@ -174,6 +177,7 @@ class Record(Columns):
     def __init__(self, keep: int = 8):  # pictures of each name that stay in memory
         super().__init__()
         self.keep, self._marks, self._media, self._changes = keep, list[Mark](), dict[str, deque](), 0
+        self._tails: list[Tail] = []
 
     def mark(self, kind: str, step: int, text: str = "", **data: Any) -> None:
         "Note that something happened at `step`; the wall time is added."
@@ -196,12 +200,18 @@ class Record(Columns):
         with self._lock:
             self.drain()
             views = {name: c.view() for name, c in self._columns.items()}
-            return Snapshot(MappingProxyType(views), tuple(self._marks), self._drained + self._changes)
+            version = self._drained + self._changes
+            return Snapshot(MappingProxyType(views), tuple(self._marks), version, tuple(self._tails))
 
-    def rewind(self, step: int) -> None:
-        "Forget values, marks and pictures after `step`."
+    def leave(self, step: int, when: float) -> None:
+        "Keep the values after `step` aside, as a tail."
+        self._tails = kept([*self._tails, cut({name: c.view() for name, c in self._columns.items()}, step, when)])
+
+    def rewind(self, step: int, when: float | None = None) -> None:  # seconds since 1970, if not now
+        "Forget values, marks and pictures after `step`; the values become a tail."
         with self._lock:
             self.drain()
+            self.leave(step, time.time() if when is None else when)
             columns = {name: c.upto(step) for name, c in self._columns.items()}
             self._columns = {name: c for name, c in columns.items() if c.n}
             self._marks = [m for m in self._marks if m.step <= step]
@@ -228,15 +238,20 @@ class Reader(Record):
         with self._lock: return {name: list(pictures) for name, pictures in self._media.items()}
 
     @property
+    def tails(self) -> list[Tail]:
+        "What was left when the run went back, the newest last: (step of the fork, name -> (steps, values), time)."
+        return list(self._tails)
+
+    @property
     def version(self) -> int:
         "A number that grows with every change: a view redraws when it differs from the one it drew."
         with self._lock: return self._drained + len(self._pending) + self._changes
 
     @property
     def nbytes(self) -> int:
-        "Bytes that columns and pictures occupy."
+        "Bytes that columns, tails and pictures occupy."
         pictures = sum(a.nbytes for p in self.media.values() for _, a in p)
-        return sum(c.nbytes for c in list(self._columns.values())) + pictures
+        return sum(c.nbytes for c in list(self._columns.values())) + pictures + 16 * sum(t.size for t in self._tails)
 
     def __len__(self) -> int:
         with self._lock: return sum(c.n for c in self._columns.values()) + len(self._pending)
@@ -276,6 +291,17 @@ def to_line(
     return json.dumps(strict(row), ensure_ascii=False, allow_nan=False) + "\n"
 
 # %% ../nbs/01_history.ipynb #b9e3947d
+def become(
+    record: Record,  # changed in place
+    columns: dict[str, Column],  # what it shall hold
+    marks: list[Mark],
+) -> None:
+    "Another past: tails that are part of it are tails no longer."
+    scalars = {name: c.view() for name, c in columns.items()}
+    record._columns, record._marks = columns, marks
+    record._tails = [tail for tail in record._tails if not covered(tail, scalars)]
+
+
 def apply_row(
     record: Record,  # changed in place
     row: Mapping[str, Any],  # one parsed line
@@ -283,9 +309,11 @@ def apply_row(
     "Repeat what one line of a journal says."
     if "values" in row: record._store([(str(n), index(row["step"]), float(v)) for n, v in row["values"].items()])
     elif "mark" in row: record._marks.append(Mark(**row["mark"]))
-    elif "marks" in row: record._marks = [Mark(**m) for m in row["marks"]]
-    elif "rewind" in row: record.rewind(row["rewind"])
-    elif "clear" in row: record._columns, record._marks = {}, []
+    elif "marks" in row: become(record, record._columns, [Mark(**m) for m in row["marks"]])
+    elif "rewind" in row: record.rewind(row["rewind"], row.get("time", 0.0))
+    elif "clear" in row:
+        if "fork" in row: record.leave(row["fork"], row["time"])
+        record._columns, record._marks, record._tails = {}, [], record._tails if "fork" in row else []
     else: raise ValueError(f"a row of unknown kind: {row!r:.80}")
 
 # %% ../nbs/01_history.ipynb #6afcc6d6
@@ -366,11 +394,12 @@ class Stored(Reader):
             super().mark(kind, step, text, **data)
             self._journal.note({"mark": asdict(self._marks[-1])})
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int, when: float | None = None) -> None:  # seconds since 1970, if not now
         "Forget values, marks and pictures after `step`; the file notes that the run went back."
         with self._lock:
-            super().rewind(index(step))
-            self._journal.note({"rewind": index(step)})
+            step, when = index(step), time.time() if when is None else when
+            super().rewind(step, when)
+            self._journal.note({"rewind": step, "time": when})
 
     def flush(self) -> None:
         "Write every row to the file, if there is one."
@@ -408,25 +437,39 @@ def from_state(
     return record
 
 # %% ../nbs/01_history.ipynb #7e2d044e
-def catch_up(
-    path: Path,  # the journal on disk
-    record: Record,  # what memory holds now
-) -> list[Any]:
-    "The rows that make the file say what memory holds."
-    now = record.snapshot()
-    last = max([*(int(s.max()) for s, _ in now.scalars.values()), *(m.step for m in now.marks)], default=-1)
-    old, marks = Record(), {"marks": [asdict(m) for m in now.marks]}
+def past_of(
+    path: Path | None,  # a journal on disk
+) -> Record:
+    "What a journal says; nothing, if it can't be read."
+    past = Record()
     try:
-        replay(path, old)
-        old.rewind(last)
-    except (OSError, ValueError): old = Record()
-    was = old.snapshot().scalars
-    same = was.keys() == now.scalars.keys() and all(
-        np.array_equal(a, b, equal_nan=True) for n in was for a, b in zip(was[n], now.scalars[n]))
-    if same: return [{"rewind": last}, marks]
+        if path is not None: replay(path, past)
+    except (OSError, ValueError): return Record()
+    return past
+
+
+def fork_of(
+    past: Snapshot,  # what is left
+    now: Snapshot,  # what is taken up instead
+) -> tuple[int, bool]:
+    "The last step both share; and whether that is all there is now."
+    last = max([*(int(s.max()) for s, _ in now.scalars.values()), *(m.step for m in now.marks)], default=-1)
+    return fork_step(past.scalars, now.scalars, last), same(upto(past.scalars, last), now.scalars)
+
+
+def catch_up(
+    past: Record,  # what the journal says
+    record: Record,  # what memory holds now
+    when: float,  # seconds since 1970
+) -> list[Any]:
+    "The rows that make the journal say what memory holds."
+    now = record.snapshot()
+    (fork, back), marks = fork_of(past.snapshot(), now), {"marks": [asdict(m) for m in now.marks]}
+    if back: return [{"rewind": fork, "time": when}, marks]
     rows = [(high, (n, s, v)) for n, (steps, values) in now.scalars.items()  # by step, each series in its own order
             for high, s, v in zip(np.maximum.accumulate(steps).tolist(), steps.tolist(), values.tolist())]
-    return [{"clear": True}, *(row for _, row in sorted(rows, key=lambda o: o[0])), marks]
+    begin = {"clear": True, "fork": fork, "time": when}
+    return [begin, *(row for _, row in sorted(rows, key=lambda o: o[0])), marks]
 
 # %% ../nbs/01_history.ipynb #f9a47f73
 class History(Stored):
@@ -441,8 +484,13 @@ class History(Stored):
         record = from_state(state)
         with self._lock:
             self.flush()
-            if self.path is not None: self._journal.waiting, self._journal.fresh = catch_up(self.path, record), False
-            self._columns, self._marks, self._media = record._columns, record._marks, {}
+            past, when = past_of(self.path), time.time()
+            known = (past._columns or past._tails) and not self._journal.broken
+            left = past if known else self  # after a new start the file knows more
+            left.leave(fork_of(left.snapshot(), record.snapshot())[0], when)
+            if self.path is not None: self._journal.waiting, self._journal.fresh = catch_up(past, record, when), False
+            self._tails, self._media = left._tails, {}
+            become(self, record._columns, record._marks)
             self._changes += 1
 
     def to_frame(self) -> Any:

@@ -27,6 +27,7 @@ from .device import (
 from .environment import where
 from .evaluate import set_mode
 from .history import History
+from .identity import identity_of
 from .loop import Loop, Pause, Target, count
 from .metrics import MetricSet
 from .optim import OptimBuilder
@@ -376,6 +377,10 @@ class Placed(Steps):
 # %% ../nbs/27_learner.ipynb #2614bdb7
 class Kept(Placed):
     "Keeps a run on disk."
+
+    def identity(self) -> dict[str, dict[str, str]]:
+        "What the run is made of: versions, code of one's own, losses and data."
+        return identity_of(self, Steps)
 
     def _remember(self, run: str | Path | None) -> None:
         "Where the run is kept, and what its best checkpoint is."

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-import trainkit
 from .callback import Callback
 from .checkpoint import CheckpointError, Checkpoints, Entry, Which, diff_state
 from .data import BatchStream
 from .device import rng_state, set_rng_state
 from .evaluate import Predict
-from .player import load_player, player_state
+from .identity import changes, identity_of
+from .player import load_player, player_state, unwrapped
 
 # %% auto #0
 __all__ = ['MORE', 'LESS', 'AUTOMATIC', 'RestoreError', 'State', 'groups_of', 'named', 'player_differences', 'overruled',
@@ -48,10 +48,14 @@ class State(Predict):
         "Take up a `position`."
         self.step, self.epoch = position["step"], position["epoch"]
 
+    def identity(self) -> dict[str, dict[str, str]]:
+        "What the run is made of; the loop knows which steps are the usual ones."
+        return identity_of(self, type(self))
+
     def state_dict(self) -> dict[str, Any]:
         "Everything that decides the next step, as tensors and plain types."
         return {
-            "versions": {"trainkit": trainkit.__version__, "torch": torch.__version__.split("+")[0]},
+            "identity": self.identity(),
             "players": {player.name: player_state(player) for player in self.players},
             "position": self.position(),
             "stream": self.stream.state_dict(),
@@ -100,7 +104,7 @@ def player_differences(name: str, saved: dict[str, Any], now: dict[str, Any]) ->
 def overruled(name: str, saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     "What the checkpoint says otherwise than the code, where the checkpoint's word counts."
     keys = {"plan": "optimizer plan", "every": "cadence (every)", "accumulate": "accumulate", "weights": "term weights"}
-    differ = {k: what for k, what in keys.items() if saved["said"][k] != now["said"][k]}  # not what a schedule or a hand changed
+    differ = {k: what for k, what in keys.items() if saved["said"][k] != now["said"][k]}  # not what a hand has changed
     return [f"{name}: {what} {saved.get(k, saved['said'][k])} (the code says {now['said'][k]})" for k, what in differ.items()]
 
 # %% ../nbs/25_state.ipynb #3481f4cd
@@ -120,7 +124,8 @@ class Loadable(State):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Become what `state_dict` described; RestoreError with every difference when that can't be, and no change."
         if problems := self.differences(state):
-            raise RestoreError("the state doesn't fit this learner; nothing was changed:\n  " + "\n  ".join(problems))
+            raise RestoreError("the state doesn't fit this learner; nothing was changed:\n  " + "\n  ".join(problems)
+                               + "\n(restore(…, only='weights') takes the models' weights; load_weights(…) any that fit)")  # fmt: skip
         before = copy.deepcopy(self.state_dict())
         try:
             self._load(state)
@@ -130,6 +135,8 @@ class Loadable(State):
         others = [line for name, now in before["players"].items() for line in overruled(name, state["players"][name], now)]
         if others:
             warnings.warn("the checkpoint's settings are used: " + "; ".join(others), stacklevel=3)
+        if changed := changes(state.get("identity", {}), before["identity"]):
+            warnings.warn("since the checkpoint was made: " + "; ".join(changed), stacklevel=3)
 
 # %% ../nbs/25_state.ipynb #a6bf90ef
 class RunFolder(Loadable):
@@ -231,11 +238,29 @@ class Save(Scored):
 class Restore(Save):
     "Restores."
 
-    def restore(self, which: Which = "last") -> Entry:
-        "Go back to the 'last' or 'best' checkpoint, or to one by its id or entry; `fit()` goes on from there."
+    def restore(
+        self,
+        which: Which = "last",  # "last", "best", an id, a step, an entry
+        only: str = "all",  # "all"; or "weights": those of the models, and nothing else
+    ) -> Entry:
+        "Go back to a checkpoint; `fit()` goes on from there. RestoreError, and no change, when it doesn't fit."
+        if only not in ("all", "weights"):
+            raise ValueError(f"restore(only=…) takes 'all' or 'weights'; received {only!r}")
+        if only == "weights":
+            return self._restore_weights(which)
         entry = self._restore(store := self._store(), which)
         store.token = ""  # looking takes nothing away: the folder is claimed by the next fit or save
         self.history.mark("restore", self.step, str(entry.id))
+        return entry
+
+    def _restore_weights(self, which: Which) -> Entry:
+        state, entry = self._store().load(which)
+        mine = {p.name: {n: unwrapped(m).state_dict() for n, m in p.modules.items()} for p in self.players}
+        if lines := diff_state({n: p["modules"] for n, p in state["players"].items()}, mine):
+            raise RestoreError(f"{entry.path}: the weights don't fit; nothing was changed:\n  " + "\n  ".join(lines))
+        for player in self.players:
+            for name, module in player.modules.items():
+                unwrapped(module).load_state_dict(state["players"][player.name]["modules"][name])
         return entry
 
     def _restore(self, store: Checkpoints, which: Which) -> Entry:

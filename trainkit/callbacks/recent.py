@@ -15,7 +15,7 @@ from .stopping import whole
 from ..checkpoint import check_plain
 
 # %% auto #0
-__all__ = ['lengths', 'cut', 'finite', 'Recent']
+__all__ = ['lengths', 'cut', 'finite', 'States', 'Recent']
 
 # %% ../../nbs/37_recent.ipynb #d37b9471
 def lengths(history: Any) -> dict[str, Any]:
@@ -34,34 +34,16 @@ def finite(learn: Any) -> bool:
     return all(bool(torch.isfinite(p).all()) for player in learn.players for p in player.parameters())
 
 # %% ../../nbs/37_recent.ipynb #fe4b843c
-class Recent(Callback):
-    "Keeps the last few states in memory, each so many steps; goes back to one when a fit fails by NaN or Inf."
+class States(Callback):
+    "Takes states, and goes back to one."
 
-    order, probing = 85, False  # after what changes states, before what saves
-
-    def __init__(
-        self,
-        every: int = 50,  # steps between two states
-        keep: int = 4,  # how many states, each the size of a checkpoint
-        by_itself: bool = True,  # go back when a fit ends with FloatingPointError, as guards raise it
-    ):
-        self.every, self.by_itself = whole("Recent", "every", every, 1), by_itself
-        self.states: deque[dict[str, Any]] = deque(maxlen=whole("Recent", "keep", keep, 1))
+    def __init__(self, keep: int):  # how many states, each the size of a checkpoint
+        self.states: deque[dict[str, Any]] = deque(maxlen=whole(type(self).__name__, "keep", keep, 1))
 
     @property
     def steps(self) -> list[int]:
         "The steps one can go back to."
         return [state["position"]["step"] for state in self.states]
-
-    def before_fit(self, learn: Any) -> None:
-        now = lengths(learn.history)["columns"]  # after a restore, what came behind it is another time
-        past = [s for s in self.states if s["position"]["step"] <= learn.step]
-        fits = [s for s in past if all(n <= now.get(name, 0) for name, n in s["kept"]["columns"].items())]
-        self.states = deque(fits, self.states.maxlen)
-
-    def after_batch(self, learn: Any) -> None:
-        if learn.step % self.every == 0 and finite(learn):
-            self.take(learn)
 
     def take(self, learn: Any) -> None:
         "Copy the present state."
@@ -77,12 +59,36 @@ class Recent(Callback):
         while self.states and self.steps[-1] > learn.step - steps:
             self.states.pop()
         if not self.states:
-            raise ValueError(f"no state is kept that is {steps} steps older than step {learn.step}: every={self.every}, "
-                             f"keep={self.states.maxlen}")  # fmt: skip
+            raise ValueError(f"no state is kept that is {steps} steps older than step {learn.step}; keep={self.states.maxlen}")
         state, step, gone = self.states[-1], self.steps[-1], learn.step
         learn.load_state_dict({**check_plain(state, copy=True), "history": cut(learn.history.state_dict(), state["kept"])})
         learn.history.mark("back", step, f"from step {gone}")
         return step
+
+# %% ../../nbs/37_recent.ipynb #a996ff8c
+class Recent(States):
+    "Keeps the last few states in memory, each so many steps; goes back to one when a fit fails by NaN or Inf."
+
+    order, probing = 85, False  # after what changes states, before what saves
+
+    def __init__(
+        self,
+        every: int = 50,  # steps between two states
+        keep: int = 4,  # how many states, each the size of a checkpoint
+        by_itself: bool = True,  # go back when a fit ends with FloatingPointError, as guards raise it
+    ):
+        super().__init__(keep)
+        self.every, self.by_itself = whole("Recent", "every", every, 1), by_itself
+
+    def before_fit(self, learn: Any) -> None:
+        now = lengths(learn.history)["columns"]  # after a restore, what came behind it is another time
+        past = [s for s in self.states if s["position"]["step"] <= learn.step]
+        fits = [s for s in past if all(n <= now.get(name, 0) for name, n in s["kept"]["columns"].items())]
+        self.states = deque(fits, self.states.maxlen)
+
+    def after_batch(self, learn: Any) -> None:
+        if learn.step % self.every == 0 and finite(learn):
+            self.take(learn)
 
     def cleanup_fit(self, learn: Any) -> None:
         if self.by_itself and learn.state == "failed" and isinstance(learn.error, FloatingPointError) and self.states:
