@@ -282,3 +282,128 @@ def test_a_failed_restore_leaves_no_trace(tmp_path):
     assert (told(learn.history), len(learn.history)) == before
     learn.history.flush()
     assert told(History.read(learn.history.path)) == before[0]
+
+
+# ---- as the curves show it
+
+def drawn(plot, panel=0):
+    "What a panel shows: the curve's paler past, the present, the tails (separated by nan), the rings."
+    panel, _ = plot.panels[panel]
+    curve, ghosts = panel.curves[0], panel.ghosts
+    return [tuple(np.asarray(a, float).tolist() for a in line.get_data())
+            for line in (curve.past, curve.line, ghosts.lines, ghosts.rings)]
+
+
+def epochs(history, values, first=1):
+    for step, value in enumerate(values, first): history.add("valid/loss", value, 10 * step)
+
+
+def test_old_ways_are_drawn_behind_the_present_one():
+    from trainkit.ui.plots import Plot, pale
+    history, plot = History(), Plot()
+    epochs(history, [5, 4, 3, 2])
+    plot.update(history.snapshot())
+    assert drawn(plot) == [([], []), ([10, 20, 30, 40], [5, 4, 3, 2]), ([], []), ([], [])]
+    history.rewind(20)
+    plot.update(history.snapshot())  # back, and not yet on another way: the tail, from where it starts
+    past, now, tails, rings = drawn(plot)
+    assert (past, now, rings) == (([], []), ([10, 20], [5, 4]), ([], []))
+    np.testing.assert_array_equal(tails, ([20, 30, 40, np.nan], [4, 3, 2, np.nan]))
+    assert plot.panels[0][0].ax.get_xlim()[1] >= 40
+    epochs(history, [9], first=3)
+    plot.update(history.snapshot())
+    past, now, again, rings = drawn(plot)
+    assert (past, now, rings) == (([10, 20], [5, 4]), ([20, 30], [4, 9]), ([20], [4]))
+    np.testing.assert_array_equal(again, tails)
+    panel = plot.panels[0][0]
+    curve, ghosts = panel.curves[0], panel.ghosts
+    assert curve.past.get_color() == pale(curve.line.get_color()) != curve.line.get_color()
+    assert ghosts.lines.get_lw() < curve.line.get_lw() and ghosts.lines.get_zorder() < curve.line.get_zorder()
+    assert [t.get_text() for t in panel.legend.get_texts()] == ["valid 9.000"]
+    assert panel.legend.legend_handles[0].get_color() == curve.line.get_color()
+    low, high = panel.ax.get_ylim()
+    assert low < 2 and high > 9  # tails are part of the view
+    history.rewind(10)  # once more, to before the first fork: that one lies on a way that was left
+    epochs(history, [1], first=2)
+    plot.update(history.snapshot())
+    past, now, tails, rings = drawn(plot)
+    assert (past, now, rings) == (([10], [5]), ([10, 20], [5, 1]), ([10], [5]))
+    np.testing.assert_array_equal(tails, ([20, 30, 40, np.nan, 10, 20, 30, np.nan], [4, 3, 2, np.nan, 5, 4, 9, np.nan]))
+
+
+def test_a_resumed_run_shows_no_fork():
+    from trainkit.ui.plots import Plot
+    history, plot = History(), Plot()
+    epochs(history, [5, 4, 3])
+    history.rewind(10)
+    epochs(history, [4, 3, 2], first=2)
+    plot.update(history.snapshot())
+    past, now, _, rings = drawn(plot)
+    assert (past, now, rings) == (([], []), ([10, 20, 30, 40], [5, 4, 3, 2]), ([], []))
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_tails_of_noisy_series_are_trends_of_few_points(log):
+    from trainkit.ui.plots import Plot, plot_history
+    history, rng = History(), np.random.default_rng(0)
+    def go(first, last, level):
+        for step in range(first, last + 1):
+            history.add("train/loss", level + rng.normal(), step)
+            history.add("lr/model", level / step, step)
+    go(1, 20_000, 5)
+    history.rewind(10_000)
+    go(10_001, 12_000, 8)
+    plot = Plot(log=log)
+    plot.update(history.snapshot())
+    losses, rates = drawn(plot)[2], drawn(plot, 1)[2]
+    assert len(losses[0]) < 700 and len(rates[0]) < 1300 and losses[0][0] > 10_000
+    assert np.nanstd(losses[1]) < 0.3 and abs(np.nanmean(losses[1]) - 5) < 0.3  # of the noise of 1, little is left
+    assert np.nanmax(rates[0]) == 20_000 and drawn(plot, 1)[3] == ([], [])
+    assert plot.panels[1][0].curves[0].line.get_xdata()[-1] == 12_000  # the present rate is not drawn into the future
+    x, now = drawn(plot)[1]
+    assert x[0] <= 10_000 < x[1] and abs(np.mean(now[-20:]) - 8) < 0.5
+    assert len(plot_history(history, log=log).axes) == 2
+    ghosts = plot.panels[0][0].ghosts
+    before = ghosts.lines.get_xdata(), ghosts.values
+    history.add("train/loss", 8.0, 12_001)
+    plot.update(history.snapshot())
+    assert ghosts.values is before[1]  # what was drawn is not drawn anew
+
+
+def test_of_many_tails_the_newest_are_drawn():
+    from trainkit.ui.plots import Plot, Ways
+    history, plot = History(), Plot()
+    for way in range(20):
+        epochs(history, [way, way, way], first=1 if not way else 2)
+        history.rewind(10)
+    plot.update(history.snapshot())
+    assert np.isnan(drawn(plot)[2][0]).sum() == Ways.most
+
+
+def test_odd_tails_can_be_drawn():
+    from trainkit.ui.plots import Plot
+    nan, inf = float("nan"), float("inf")
+    for values in ([nan, nan], [inf, -1.0], [1e300, -1e300]):
+        history = History()
+        epochs(history, [1.0, *values])
+        history.rewind(10)
+        epochs(history, [2.0], first=2)
+        for log in (False, True):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                plot = Plot(log=log)
+                plot.update(history.snapshot())
+                assert plot.pixels().shape == (280, 900, 3)
+
+
+def test_the_picture_of_a_run_shows_its_tails(tmp_path):
+    from trainkit.ui.plots import Curves, Plot
+    learn, drawn_ = learner(tmp_path / "run", save_every=4, cbs=[Curves()]), []
+    learn.fit(steps=12)
+    learn.restore(4)
+    learn.players[0].opt.param_groups[0]["lr"] = 0.001
+    update = Plot.update
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(Plot, "update", lambda self, snapshot: (drawn_.append(self), update(self, snapshot))[1])
+        learn.fit(steps=3)
+    assert drawn_[-1].ways.forks == [4] and (tmp_path / "run" / "curves.png").exists()

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from ways import ENDINGS, end_by, resumes, same, same_weights
 
 from trainkit.callback import Callback, CancelBatch, On
+from trainkit.callbacks.average import EMA
 from trainkit.callbacks.guards import (
     Buffers,  # fmt: skip
     Frame,
@@ -153,10 +154,11 @@ def test_loss_and_norm_is_the_total_norm():
 
 def test_buffers_that_were_replaced_are_put_back():
     norm = nn.BatchNorm1d(2)
-    copies = Buffers([norm])
+    buffers = Buffers([norm])
+    copies = buffers.copies()
     norm.running_mean = torch.full((2,), 7.0)
-    copies.put_back()
-    assert norm.running_mean.tolist() == [0, 0]
+    buffers.put_back(copies)
+    assert norm.running_mean.tolist() == [0, 0] and not buffers.fit(copies[:2]) and not buffers.fit([*copies[:2], torch.ones(3)])
 
 
 # -------------------------------------------------------------------------------------------------------- skipping steps
@@ -366,6 +368,104 @@ def test_resumption_is_exact(tmp_path):
     resumes(lambda run: two(SkipBadSteps(patience=3), spoil={"a": {2, 3, 6, 7}, "b": {5}}, run=run), tmp_path / "two", at=(2, 6))
 
 
+def uneven(*cbs, run=None, accumulate=2, every=1, valid=False):
+    "Epochs of five batches, the second and the last of which are bad; windows of two, with one batch left over."
+    torch.manual_seed(0)
+    x = X.clone()
+    x[[9, 35]] = math.nan
+    loader = DataLoader(TensorDataset(x, Y), batch_size=8)
+    cbs = [SkipBadSteps(every=every), EMA(0.5), *cbs]
+    return Learner(net(), (loader, (X, Y)) if valid else loader, "mse", "adamw", cbs=cbs, front="none", accumulate=accumulate,
+                   run=run, save_every="none")  # fmt: skip
+
+
+def critics(run=None, accumulate=2):
+    "Three turns of the critic for one of the generator, whose batch norm all of them move; windows of both overlap."
+    torch.manual_seed(0)
+    g = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+    d = nn.Sequential(nn.Linear(2, 4), nn.LeakyReLU(0.2), nn.Linear(4, 1), nn.Flatten(0))
+    x = X[:, :2].clone()
+    x[9] = math.nan  # the second of five batches
+    spoil = On("before_backward", lambda learn: setattr(learn, "loss", learn.loss * (1 if learn.step % 7 else math.nan)), order=-90)
+    return GANLearner(g, d, DataLoader(TensorDataset(x), batch_size=8), latent=2, cbs=[SkipBadSteps(), EMA(0.5), spoil], n_critic=3,
+                      accumulate=accumulate, run=run, front="none", save_every="none")  # fmt: skip
+
+
+SWEPT = {
+    "a leftover": (uneven, 10),
+    "windows of three": (lambda run=None: uneven(run=run, accumulate=3), 10),
+    "each second update": (lambda run=None: uneven(run=run, every=2), 10),
+    "validated": (lambda run=None: uneven(run=run, valid=True), 10),
+    "a GAN": (critics, 15),
+    "a GAN, one of them": (lambda run=None: critics(run, {"discriminator": 2}), 15),
+}
+
+
+@pytest.mark.parametrize("what", SWEPT)
+def test_left_after_any_step_it_ends_the_same(what, tmp_path):
+    "In the middle of a window, before a leftover step, at an epoch's end: going on, and restored by another learner."
+    make, steps = SWEPT[what]
+    resumes(make, tmp_path, steps=steps, at=range(1, steps))
+    straight = make()
+    straight.fit(steps=steps)
+    assert straight.cbs.get(SkipBadSteps).skipped and finite([*map(dict, (m.state_dict() for m in straight.modules()))])
+    for at in range(1, steps):
+        paused = make()
+        paused.fit(steps=at)
+        paused.fit(steps=steps - at)
+        same_weights(straight, paused)
+        same(straight.state_dict()["callbacks"], paused.state_dict()["callbacks"])
+
+
+@pytest.mark.parametrize("event", ["before_validate", "after_batch", "before_turn", "after_forward", "before_step", "after_turn"])
+def test_stopped_anywhere_in_a_turn_it_ends_the_same(event):
+    "Also when the first thing that happens then is the step that was left over."
+    straight = uneven(valid=True)
+    straight.fit(epochs=2, validate_every=5)
+    for at in range(10):
+        asked = []
+
+        def once(learn, at=at, asked=asked):
+            if learn.step >= at and not asked:
+                asked.append(learn.stop())
+
+        paused = uneven(On(event, once), valid=True)
+        paused.fit(epochs=2, validate_every=5)
+        if paused.state == "stopped":
+            paused.fit()
+        same_weights(straight, paused)
+        same(straight.state_dict()["callbacks"], paused.state_dict()["callbacks"])
+
+
+def test_a_window_that_is_undone_takes_those_inside_it_along():
+    "a is spoilt in its first of two turns; b's window is opened after that, and must not bring the bad statistics back."
+    for spoil in {"a": {1}, "b": {2}}, {"a": {1}, "b": {3}}, {"a": {3}, "b": {1, 4}}:
+        learn = two(SkipBadSteps(), spoil={}, accumulate={"a": 2, "b": 3})
+
+        def bad_batch(learn, spoil=spoil):
+            if (learn.step + 1) in spoil.get(learn.player.name, ()):
+                learn.batch = [learn.batch[0] * math.nan, learn.batch[1]]
+
+        learn.add(On("before_turn", bad_batch))
+        learn.fit(epochs=2)
+        assert learn.cbs.get(SkipBadSteps).skipped.keys() == {"a", "b"}
+        assert finite([dict(m.state_dict()) for m in learn.modules()])
+
+
+def test_one_that_joins_in_the_middle_of_a_window_looks_from_there():
+    learn = Learner(net(), DataLoader(TensorDataset(X, Y), batch_size=8), "mse", "sgd", front="none", accumulate=4)
+    learn.fit(steps=5 - 2)
+    learn.add(SkipBadSteps())
+    learn.fit(epochs=1)
+    assert learn.cbs.get(SkipBadSteps).skipped == {} and learn.players[0].updates == 2
+
+
+def test_a_fresh_state_can_be_loaded():
+    guard = SkipBadSteps()
+    guard.load_state_dict(guard.state_dict())
+    assert guard.state_dict() == {"skipped": {}, "in_a_row": {}, "open": {}}
+
+
 def test_the_count_goes_on_after_a_restart(tmp_path):
     first = two(SkipBadSteps(patience=3), spoil={"a": {4, 5}}, run=tmp_path / "run")
     first.fit(steps=5)
@@ -552,6 +652,8 @@ def test_compiled_models_are_looked_into():
     ({"abort_after": 0}, "abort_after must be a whole number >= 1; received 0"),
     ({"fits": "float16"}, "fits takes a floating-point torch.dtype or None; received 'float16'"),
     ({"fits": torch.int32}, "received torch.int32"),
+    ({"batches": 3}, r"batches takes the steps to trace, as in \[3\]; received 3"),
+    ({"show": 3}, "show takes a function of a table; received 3"),
 ])  # fmt: skip
 def test_bad_arguments_of_the_tracer(kw, message):
     with pytest.raises((TypeError, ValueError), match=message):

@@ -544,3 +544,110 @@ def test_a_sequence_that_does_not_fit_is_refused_before_anything():
     assert [p.schedule.total for p in players] == [None, None]
     learn.fit(steps=60)
     assert learn.step == 60
+
+
+# --------------------------------------------------------------------------------------- what a review had found
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_fit_may_begin_with_the_leftovers(precision, tmp_path):
+    "Left between the last batch of an epoch and the step with what it left over."
+
+    def make(run):
+        dls = DataLoader(TensorDataset(X[:20], Y[:20]), batch_size=4)
+        model = net()
+        return Learner(model, (dls, dls), "mse", OptimBuilder("adamw", lr=0.01), front="none", run=run, accumulate=2,
+                       precision=precision)  # fmt: skip
+
+    straight, first = make(None), make(tmp_path / "run")
+    straight.fit(2, validate_every=5)
+    first.add(stop := On("before_validate", lambda l: l.stop()))
+    first.fit(2, validate_every=5)
+    first.remove(stop)
+    assert first.players[0].window == [4] and first.state == "stopped"
+    second = make(tmp_path / "run")
+    second.restore()
+    for learn in first, second:
+        learn.fit()
+        same_weights(straight, learn)
+
+
+def test_only_schedules_that_would_run_out_are_laid_anew_where_some_do():
+    players = [Player("a", net(), opt=OptimBuilder("sgd", lr=0.01, schedule="linear", total=100)),
+               Player("b", nn.Linear(1, 1), opt=OptimBuilder("sgd", lr=0.01, schedule="linear"))]  # fmt: skip
+    learn = Two(players, DataLoader(TensorDataset(X, Y), batch_size=4), front="none")
+    learn.fit(steps=4)
+    learn.fit(steps=4, schedule="stretch")
+    assert [p.schedule.total for p in players] == [100, 8]
+    learn.fit(steps=4, schedule="restart")
+    assert [(p.schedule.total, p.schedule.update) for p in players] == [(100, 12), (4, 4)]
+
+
+class Counter(Callback):
+    def __init__(self, n=0):
+        self.n = n
+
+    def after_step(self, learn):
+        self.n += 1
+
+    def state_dict(self):
+        return {"n": self.n}
+
+    def load_state_dict(self, state):
+        self.n = state["n"]
+
+    def __repr__(self):
+        return f"Counter({self.n})"
+
+
+def test_a_restore_to_before_a_callback_existed_makes_it_new(tmp_path):
+    learn = learner(run=tmp_path / "run")
+    learn.fit(1)
+    entry = learn.save()
+    learn.add(counter := Counter(7))
+    learn.fit(1)
+    assert counter.n == 13
+    learn.restore(entry)
+    assert counter.n == 7
+
+
+def test_a_callback_written_with_other_numbers_is_said(tmp_path):
+    first = learner(run=tmp_path / "run", cbs=Counter(1))
+    first.fit(1)
+    with pytest.warns(UserWarning, match=r"Counter\(1\) \(the code says Counter\(2\)\)"):
+        learner(run=tmp_path / "run", cbs=Counter(2)).restore()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        learner(run=tmp_path / "run", cbs=Counter(1)).restore()
+
+
+def test_a_callback_that_is_gone_can_be_left_out(tmp_path):
+    learner(run=tmp_path / "run", cbs=Counter()).fit(1)
+    learn = learner(run=tmp_path / "run")
+    with pytest.raises(ValueError, match=r"restore\(…, without='counter'\) leaves it out"):
+        learn.restore()
+    with pytest.raises(ValueError, match="has no state of a callback 'ema'; it has: auto_save|counter"):
+        learn.restore(without="ema")
+    learn.restore(without="counter")
+    assert learn.step == 6
+
+
+def test_gradients_that_wait_at_the_end_are_said():
+    with pytest.warns(UserWarning, match="gradients wait for more turns before they make a step \\('model': 3 of 4\\)"):
+        learner(accumulate=4).fit(steps=3)
+
+
+def test_a_schedule_that_fails_is_no_torn_step():
+    learn = learner()
+    learn.players[0].schedule.advance = lambda: (_ for _ in ()).throw(ValueError("failed at update 1"))
+    with warnings.catch_warnings(), pytest.raises(ValueError, match="failed at update"):
+        warnings.simplefilter("error")
+        learn.fit(1)
+    assert learn.torn is None
+
+
+def test_plans_for_players_that_are_not_there():
+    from trainkit.gan.learner import GANLearner
+
+    with pytest.raises(ValueError, match="one for each of generator, discriminator; received 'gen', 'discriminator'"):
+        GANLearner(nn.Linear(2, 3), nn.Linear(3, 1), X, opt={"gen": "adam", "discriminator": "sgd"}, latent=2)

@@ -5,6 +5,7 @@
 # %% ../nbs/20_callback.ipynb #4e628b83
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -263,8 +264,11 @@ def loop_picture(
 class Emitter:
     "Holds callbacks and tells them where the loop is."
 
+    _fresh: dict[int, tuple[Callback, str, dict[str, Any]]]  # how each was, and what it said, when it was attached
+
     def __init__(self, cbs: Callback | Iterable[Callback] = ()):
         self.cbs = CallbackList([cbs] if isinstance(cbs, Callback) else cbs)
+        self._fresh = {id(cb): (cb, repr(cb), copy.deepcopy(cb.state_dict())) for cb in self.cbs}
         self._bind()
 
     def _bind(self) -> None:
@@ -273,6 +277,7 @@ class Emitter:
     def add(self, *cbs: Callback) -> None:
         "Attach callbacks; one takes the place of an attached one of its class, unless it is `many`."
         self.cbs.add(*cbs)
+        self._fresh |= {id(cb): (cb, repr(cb), copy.deepcopy(cb.state_dict())) for cb in cbs if id(cb) not in self._fresh}
         self._bind()
 
     def remove(self, which: Callback | type | str) -> list[Callback]:

@@ -37,8 +37,8 @@ from .settings import KEYS, Settings, load_settings
 from .state import AutoSave, best_mode
 
 # %% auto #0
-__all__ = ['SYNONYMS', 'Stoppable', 'two_stage_interrupt', 'Planned', 'Plan', 'Running', 'Fit', 'as_players', 'gathering',
-           'Steps', 'blaming', 'Placed', 'Kept', 'Shown', 'check_keywords', 'Learner']
+__all__ = ['SYNONYMS', 'Stoppable', 'two_stage_interrupt', 'Planned', 'Plan', 'Running', 'Ended', 'Fit', 'as_players',
+           'gathering', 'Steps', 'blaming', 'Placed', 'Kept', 'Shown', 'check_keywords', 'Learner']
 
 # %% ../nbs/27_learner.ipynb #16623574
 class Stoppable(Loop):
@@ -215,7 +215,17 @@ class Running(Plan):
                           "updated. learn.restore('last') goes back to the last checkpoint.", stacklevel=2)  # fmt: skip
 
 # %% ../nbs/27_learner.ipynb #02bc486c
-class Fit(Running):
+class Ended(Running):
+    "What is said when a fit is over."
+
+    def _tell_waiting(self) -> None:
+        waiting = [f"{p.name!r}: {len(p.window)} of {p.accumulate}" for p in self.players if p.window]
+        if waiting and self.state == "finished":
+            warnings.warn(f"gradients wait for more turns before they make a step ({', '.join(waiting)}); the next fit goes on "
+                          "with them", stacklevel=3)  # fmt: skip
+
+# %% ../nbs/27_learner.ipynb #5b8e0279
+class Fit(Ended):
     "Runs a planned fit and leaves everything as it found it."
 
     def fit(
@@ -249,6 +259,7 @@ class Fit(Running):
             self.batch = self.pred = self.loss = None
             self._ticking, self._moving = {}, {}
             self.history.flush()
+            self._tell_waiting()
             if self.checkpoints is not None:
                 self.checkpoints.unlock()
 

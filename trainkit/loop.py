@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .callback import Cancel, CancelBatch, CancelEpoch, CancelStep, CancelTurn
 from .data import batch_size_of
 from .device import to_device
-from .player import Player, freeze, losses_of, mean_gradient, move, share, thaw, total_of
+from .player import Player, advance, freeze, losses_of, mean_gradient, move, share, thaw, total_of
 from .travel import Travel
 
 # %% auto #0
@@ -93,8 +93,10 @@ class Descent(Turns):
         self.torn = player.name
         self.stepped = move(player)
         self.torn, self._called = None, True
-        for schedule in self._moving.get(player.name, ()) if self.stepped else ():
-            schedule.advance()
+        if self.stepped:
+            advance(player)
+            for schedule in self._moving.get(player.name, ()):
+                schedule.advance()
 
 # %% ../nbs/26_loop.ipynb #661542b3
 class Move(Descent):

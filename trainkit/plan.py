@@ -12,7 +12,7 @@ from typing import Any
 from .player import Player
 
 # %% auto #0
-__all__ = ['Planned', 'Ahead', 'lengthen', 'plan_schedules']
+__all__ = ['Planned', 'Ahead', 'runs_out', 'lengthen', 'plan_schedules']
 
 # %% ../nbs/22_plan.ipynb #d51083eb
 @dataclass(frozen=True)
@@ -53,13 +53,18 @@ class Ahead:
 Planned = tuple[str, Any, "int | None"]  # whose schedule, the schedule, its units to come
 
 
+def runs_out(schedule: Any, units: int | None) -> bool:
+    "Would a schedule have to go on behind its end?"
+    return bool(units and schedule.total is not None and schedule.update + units > schedule.total)
+
+
 def lengthen(who: str, schedule: Any, units: int, beyond: str | None) -> tuple[Callable[[int], None], int] | None:
     "What to call, with which length, so that a schedule reaches over `units` more; ValueError when that isn't clear."
     if schedule.total is None:
         return schedule.set_total, schedule.update + units
     if beyond in ("restart", "stretch"):
         return (schedule.restart, units) if beyond == "restart" else (schedule.stretch, schedule.update + units)
-    if beyond is None and schedule.update + units > schedule.total:
+    if beyond is None and runs_out(schedule, units):
         raise ValueError(f"{who}: its schedule {schedule.name!r} ends at {schedule.by} {schedule.total}, and this fit would go "
                          f"on to {schedule.update + units}. Say fit(…, schedule='hold') to stay at its end, 'restart' for a "
                          "new curve over this fit, or 'stretch' to lay the curve over the new length")  # fmt: skip
@@ -74,9 +79,11 @@ def plan_schedules(
     if beyond not in (None, "hold", "restart", "stretch"):
         raise ValueError(f"fit(schedule=…) takes 'hold', 'restart' or 'stretch'; received {beyond!r}")
     todo: list[tuple[Callable[[int], None], int]] = []
+    planned = [(who, schedule, units) for who, schedule, units in planned if schedule.needs_total and units != 0]
+    some = any(runs_out(schedule, units) for _, schedule, units in planned)
     for who, schedule, units in planned:
-        if not schedule.needs_total or units == 0:
-            continue
+        if some and schedule.total is not None and not runs_out(schedule, units):
+            continue  # it is long enough; what was asked for is meant for those that aren't
         if units is None and schedule.total is None:
             raise ValueError(f"{who}: its schedule {schedule.name!r} must know its length, and the loader has none: "
                              "use fit(steps=…), or give the schedule total=…")  # fmt: skip

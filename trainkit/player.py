@@ -23,7 +23,7 @@ from .schedule import Schedule
 
 # %% auto #0
 __all__ = ['LOSSES', 'Term', 'get_loss', 'as_terms', 'named_modules', 'unwrapped', 'checked_terms', 'whole_batches', 'PlayerPlan',
-           'Player', 'BadLoss', 'losses_of', 'weighted_sum', 'total_of', 'move', 'share', 'mean_gradient',
+           'Player', 'BadLoss', 'losses_of', 'weighted_sum', 'total_of', 'move', 'advance', 'share', 'mean_gradient',
            'own_parameters', 'others_of', 'freeze', 'thaw', 'player_state', 'load_player']
 
 # %% ../nbs/21_player.ipynb #490c5531
@@ -202,6 +202,8 @@ class Player(PlayerPlan):
             raise type(error)(f"player {self.name!r}: {error}") from error
         self.schedules = self.builder.schedules_for(self.opt)
         self.scaler = precision.scaler()
+        if self.scaler is not None:  # it would else make its scale at the first loss, and a step may come before
+            self.scaler.scale(torch.zeros(1, device=next(self.parameters()).device))
         self.said = {"plan": repr(self.builder), "every": self.every, "accumulate": self.accumulate, "weights": {**self.weights}}
 
     @property
@@ -255,7 +257,7 @@ def total_of(player: Player, losses: dict[str, Tensor]) -> Tensor:
 
 # %% ../nbs/21_player.ipynb #145a6893
 def move(player: Player) -> bool:
-    "One optimizer step and one step of the schedule; False when the scaler left it out (infinite gradients)."
+    "One optimizer step; False when the scaler left it out (infinite gradients)."
     if player.scaler is None:
         player.opt.step()
     else:
@@ -265,10 +267,14 @@ def move(player: Player) -> bool:
         if player.scaler.get_scale() < scale:
             return False
     player.updates += 1
+    return True
+
+
+def advance(player: Player) -> None:
+    "One update was made: the schedules that count them go on."
     for schedule in player.schedules.values():
         if schedule.by == "update":
             schedule.advance()
-    return True
 
 # %% ../nbs/21_player.ipynb #ed85c938
 def share(player: Player, samples: int) -> float:

@@ -32,7 +32,7 @@ __all__ = ['GOLDEN', 'MASK', 'ONCE', 'AT_START', 'GENERATORS', 'CLOSED', 'PLAIN'
            'sample_seeds', 'seed_sample', 'Ticket', 'numbers_of', 'innermost', 'repeats', 'set_aside', 'insides',
            'held', 'generator_state', 'put_back_generator', 'seed_generator', 'Places', 'Tickets', 'in_bulk',
            'SeededDataset', 'is_plain', 'unseeded', 'obstacle', 'UsersDataset', 'as_it_is', 'seeded', 'Seeded',
-           'Telling', 'tells', 'SeededStream', 'RandomState']
+           'Watched', 'Telling', 'tells', 'SeededStream', 'RandomState']
 
 # %% ../nbs/11a_seeds.ipynb #7775b1e5
 GOLDEN = 0x9E3779B97F4A7C15
@@ -462,10 +462,41 @@ class Seeded(Rewindable):
         return iter(self.loader)
 
 # %% ../nbs/11a_seeds.ipynb #b7df097b
+class Watched(IterableDataset):
+    "A dataset that keeps its own state, and whether it has come to its end: a last batch that isn't full has seen that."
+
+    def __init__(self, dataset: Any):
+        self.dataset, self.ended = dataset, False
+
+    def __iter__(self) -> Iterator:
+        if not self.ended:
+            yield from self.dataset
+            self.ended = True
+
+    def set_epoch(self, epoch: int) -> None:
+        "Tell the dataset, if it wants to know, which epoch begins."
+        if callable(tell := getattr(self.dataset, "set_epoch", None)):
+            tell(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        "The dataset's own state, and more."
+        return {"dataset": self.dataset.state_dict(), "ended": self.ended}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        "Take up what `state_dict` gave."
+        self.dataset.load_state_dict(state["dataset"])
+        self.ended = state["ended"]
+
+# %% ../nbs/11a_seeds.ipynb #e33f9949
 class Telling(Stateful):
     "A DataLoader, without workers, whose dataset keeps its own state."
 
     known: tuple[int, Any] = (0, None)  # a place in this epoch, and the dataset's state there
+
+    def __init__(self, loader: DataLoader, name: str):
+        twin = copy.copy(loader)
+        vars(twin)["dataset"] = Watched(loader.dataset)
+        super().__init__(twin, name)
 
     @property
     def keeper(self) -> Any:
@@ -473,14 +504,22 @@ class Telling(Stateful):
         return self.loader.dataset
 
     def open(self, k: int) -> Iterator:
-        if not k or self.saved is not None:
-            self.known = k, copy.deepcopy(self._ask())
-            return super().open(k)
-        with preserve_rng():  # an error struck while a batch was made, and nobody knows how far the dataset came
-            at, state = self.known
+        if k and self.saved is None:
+            return self._again(k)
+        self.known = k, copy.deepcopy(self._ask())
+        it = super().open(k)
+        if not k:
+            self.keeper.ended = False
+        return it
+
+    def _again(self, k: int) -> Iterator:
+        "After an error, where nobody knows how far the dataset came: draw anew, from the last place that is known."
+        at, state = self.known
+        with preserve_rng():
             if not at and self.start is not None:
                 set_rng_state(self.start.rng)
             self.keeper.load_state_dict(state)
+            self.keeper.ended = False
             return skipped(iter(self.loader), k - at, self.loader, self.name)
 
 

@@ -10,23 +10,25 @@ import difflib
 import itertools
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from .callback import Callback
-from .checkpoint import CheckpointError, Checkpoints, Entry, Which, diff_state
-from .data import BatchStream
+from .checkpoint import CheckpointError, Checkpoints, Entry, Which, diff_state, made_folder
+from .data import BatchStream, describe
 from .device import rng_state, set_rng_state
 from .evaluate import Predict
 from .identity import changes, identity_of
-from .player import load_player, player_state, unwrapped
+from .player import Player, load_player, player_state, unwrapped
 
 # %% auto #0
-__all__ = ['MORE', 'LESS', 'AUTOMATIC', 'RestoreError', 'State', 'groups_of', 'named', 'player_differences', 'overruled',
-           'Loadable', 'RunFolder', 'best_mode', 'Scored', 'Save', 'Restore', 'AutoSave']
+__all__ = ['PARTS', 'PLAYER', 'SAME_SHAPE', 'MORE', 'LESS', 'AUTOMATIC', 'RestoreError', 'State', 'Parts', 'misshapen',
+           'optimizer_differences', 'groups_of', 'named', 'player_differences', 'overruled', 'Loadable', 'RunFolder',
+           'best_mode', 'Scored', 'Save', 'Restore', 'AutoSave']
 
 # %% ../nbs/25_state.ipynb #7a8ea63e
 class RestoreError(ValueError):
@@ -60,21 +62,84 @@ class State(Predict):
             "position": self.position(),
             "stream": self.stream.state_dict(),
             "callbacks": {key: state for key, cb in self.cbs.keyed().items() if (state := cb.state_dict())},
+            "said": {key: self._fresh[id(cb)][1] for key, cb in self.cbs.keyed().items()},
             "history": self.history.state_dict(),
             "rng": rng_state(),
         }
 
-    def _load(self, state: dict[str, Any]) -> None:
+# %% ../nbs/25_state.ipynb #c16c890c
+class Parts(State):
+    "The learner, put together again from plain data."
+
+    def _parts(self, state: dict[str, Any]) -> Iterator[Callable[[], Any]]:
+        "What loads each part of a state, in order."
         for player in self.players:
-            load_player(player, state["players"][player.name])
-        self.go_to(state["position"])
-        self.stream.load_state_dict(state["stream"])
+            yield partial(load_player, player, state["players"][player.name])
+        yield partial(self.go_to, state["position"])
+        yield partial(self.stream.load_state_dict, state["stream"])
         for key, cb in self.cbs.keyed().items():
-            if key in state["callbacks"]:
-                cb.load_state_dict(state["callbacks"][key])
-        self.history.load_state_dict(state["history"])
-        self._lrs = {p.name: self.history.last(f"lr/{p.name}") for p in self.players}
-        set_rng_state(state["rng"])
+            loaded = state["callbacks"].get(key) or copy.deepcopy(self._fresh[id(cb)][2])  # there was none then
+            if loaded:
+                yield partial(cb.load_state_dict, loaded)
+        yield partial(self.history.load_state_dict, state["history"])
+        yield lambda: setattr(self, "_lrs", {p.name: self.history.last(f"lr/{p.name}") for p in self.players})
+        yield partial(set_rng_state, state["rng"])
+
+    def _load(self, state: dict[str, Any]) -> None:
+        for load in self._parts(state):
+            load()
+
+    def _put_back(self, state: dict[str, Any]) -> None:
+        "Load what was here before; a part that fails (its owner can't load its own state) is said and passed over."
+        for load in self._parts(state):
+            try:
+                load()
+            except Exception as error:
+                warnings.warn(f"a part of the state could not be put back: {error}", stacklevel=4)
+
+# %% ../nbs/25_state.ipynb #c4793a4a
+PARTS = {"players": dict, "position": dict, "stream": dict, "callbacks": dict, "history": dict, "rng": dict}
+PLAYER = {"modules": dict, "losses": dict, "optimizer": dict, "schedules": dict, "optimizer_class": str, "terms": list,
+          "said": dict, "weights": dict, "window": list, "gradients": dict}  # fmt: skip
+
+
+def misshapen(state: Any) -> list[str]:
+    "What a learner's state lacks, or has in another form; empty when it looks like one."
+    if not isinstance(state, dict):
+        return [f"the state is a {type(state).__name__}, not a dictionary"]
+    players = state.get("players")
+    named = {f"player {n!r}": p for n, p in players.items()} if isinstance(players, dict) else {}
+    found = [f"{key} is missing" for key in PARTS if key not in state]
+    found += [f"{k} is a {type(state[k]).__name__}" for k, kind in PARTS.items() if not isinstance(state.get(k, {}), kind)]
+    for name, player in named.items():
+        parts = player if isinstance(player, dict) else {}
+        lost = [(key, kind) for key, kind in PLAYER.items() if not isinstance(parts.get(key), kind)]
+        found += [f"{name}: {key} is missing, or no {kind.__name__}" for key, kind in lost]
+    position = state["position"] if isinstance(state.get("position"), dict) else {"step": 0, "epoch": 0}
+    for key in ("step", "epoch"):
+        if type(position.get(key)) is not int or position[key] < 0:
+            found.append(f"the position's {key} is {position.get(key)!r}")
+    return found
+
+# %% ../nbs/25_state.ipynb #158e334f
+SAME_SHAPE = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "acc_delta", "sum", "ax",
+              "exp_inf", "prev", "step_size"}  # fmt: skip  # what torch's optimizers keep for each parameter, in its shape
+
+
+def optimizer_differences(saved: dict[str, Any], player: Player) -> list[str]:
+    "Why a saved state of an optimizer can't be that of a player's; empty when it can."
+    groups, own = saved.get("param_groups"), player.opt.param_groups
+    if not isinstance(groups, list) or not isinstance(saved.get("state", {}), dict) or len(groups) != len(own):
+        return [] if isinstance(groups, list) else ["it has no groups"]
+    found = [f"{key} is {group[key]!r}, now {mine[key]!r}" for group, mine in zip(groups, own) for key in mine
+             if key in group and key != "params" and isinstance(mine[key], (int, float, tuple)) and
+             not isinstance(group[key], (type(mine[key]), int, float, list, tuple, Tensor, type(None)))]  # fmt: skip
+    pairs = [(i, p) for group, mine in zip(groups, own) for i, p in zip(group.get("params", []), mine["params"])]
+    for i, p in pairs:
+        kept = saved["state"].get(i, {})
+        found += [f"{key} of a parameter of shape {tuple(p.shape)} is {describe(value)}" for key, value in kept.items()
+                  if key in SAME_SHAPE and not (isinstance(value, Tensor) and value.shape == p.shape)]  # fmt: skip
+    return found
 
 # %% ../nbs/25_state.ipynb #65317234
 def groups_of(optimizer_state: dict[str, Any]) -> list[int]:
@@ -108,7 +173,7 @@ def overruled(name: str, saved: dict[str, Any], now: dict[str, Any]) -> list[str
     return [f"{name}: {what} {saved.get(k, saved['said'][k])} (the code says {now['said'][k]})" for k, what in differ.items()]
 
 # %% ../nbs/25_state.ipynb #3481f4cd
-class Loadable(State):
+class Loadable(Parts):
     "Takes a state back, or refuses it whole."
 
     def differences(self, state: dict[str, Any]) -> list[str]:
@@ -117,22 +182,32 @@ class Loadable(State):
         if mine.keys() != saved.keys():
             return [f"players: the checkpoint has {', '.join(saved)}; this learner has {', '.join(mine)}"]
         found = [line for name, now in mine.items() for line in player_differences(name, saved[name], now)]
+        if not found:
+            pairs = [(p, saved[p.name]["optimizer"]) for p in self.players]
+            found = [f"{p.name}'s optimizer: {line}" for p, kept in pairs for line in optimizer_differences(kept, p)]
         lost = state["callbacks"].keys() - self.cbs.keyed().keys()
-        found += [f"callback {key!r} has a state in the checkpoint and is not attached" for key in sorted(lost)]
+        found += [f"callback {key!r} has a state in the checkpoint and is not attached (restore(…, without={key!r}) leaves it "
+                  "out)" for key in sorted(lost)]  # fmt: skip
         return found + self.stream.problems(state["stream"])
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Become what `state_dict` described; RestoreError with every difference when that can't be, and no change."
-        if problems := self.differences(state):
-            raise RestoreError("the state doesn't fit this learner; nothing was changed:\n  " + "\n  ".join(problems)
-                               + "\n(restore(…, only='weights') takes the models' weights; load_weights(…) any that fit)")  # fmt: skip
+        if problems := misshapen(state) or self.differences(state):
+            choice = "(restore(…, only='weights') takes the models' weights; load_weights(…) any that fit)"
+            lines = "\n  ".join(problems)
+            raise RestoreError(f"the state doesn't fit this learner; nothing was changed:\n  {lines}\n{choice}")
         before = copy.deepcopy(self.state_dict())
         try:
             self._load(state)
         except BaseException as error:
-            self._load(before)
+            self._put_back(before)
+            if not isinstance(error, Exception):  # an interrupt is no fault of the state
+                raise
             raise RestoreError(f"the state could not be loaded ({error}); everything is as it was") from error
         others = [line for name, now in before["players"].items() for line in overruled(name, state["players"][name], now)]
+        said = {key: state.get("said", {}).get(key) for key in before["callbacks"].keys() & state["callbacks"].keys()}
+        now = before["said"]
+        others += [f"{was} (the code says {now[key]})" for key, was in said.items() if was and was != now[key]]
         if others:
             warnings.warn("the checkpoint's settings are used: " + "; ".join(others), stacklevel=3)
         if changed := changes(state.get("identity", {}), before["identity"]):
@@ -157,20 +232,22 @@ class RunFolder(Loadable):
             return
         store = self._store()
         store.check_claim()
+        try:
+            made_folder(store.folder)
+        except CheckpointError as error:
+            warnings.warn(f"this run can't be kept, training goes on: {error}", stacklevel=3)
+            return
         store.lock()
         if not self._owned and (len(store) or (self.run / "history.jsonl").exists()):
-            store.unlock()
             aside = next(p for n in itertools.count(1) if not (p := self.run.with_name(f"{self.run.name}.{n}")).exists())
             self.run.rename(aside)
+            store.unlock()
+            store.lock()
             warnings.warn(f"{self.run} held another run, which is now {aside}. (To go on with a run, call "
                           "learn.restore('last') before fit.)", stacklevel=3)  # fmt: skip
         self._owned = True
         if not store.token:
-            try:
-                store.claim()
-            except CheckpointError as error:
-                warnings.warn(f"this run can't be kept, training goes on: {error}", stacklevel=3)
-        store.lock()
+            store.claim()
 
 # %% ../nbs/25_state.ipynb #29bed572
 MORE = {"acc", "accuracy", "auc", "auroc", "score", "psnr", "ssim", "sdr", "snr", "f1", "iou", "dice", "precision", "recall",
@@ -242,13 +319,14 @@ class Restore(Save):
         self,
         which: Which = "last",  # "last", "best", an id, a step, an entry
         only: str = "all",  # "all"; or "weights": those of the models, and nothing else
+        without: str | Iterable[str] = (),  # callbacks whose states are left out, by name
     ) -> Entry:
         "Go back to a checkpoint; `fit()` goes on from there. RestoreError, and no change, when it doesn't fit."
         if only not in ("all", "weights"):
             raise ValueError(f"restore(only=…) takes 'all' or 'weights'; received {only!r}")
         if only == "weights":
             return self._restore_weights(which)
-        entry = self._restore(store := self._store(), which)
+        entry = self._restore(store := self._store(), which, [without] if isinstance(without, str) else [*without])
         store.token = ""  # looking takes nothing away: the folder is claimed by the next fit or save
         self.history.mark("restore", self.step, str(entry.id))
         return entry
@@ -263,10 +341,14 @@ class Restore(Save):
                 unwrapped(module).load_state_dict(state["players"][player.name]["modules"][name])
         return entry
 
-    def _restore(self, store: Checkpoints, which: Which) -> Entry:
+    def _restore(self, store: Checkpoints, which: Which, without: Iterable[str] = ()) -> Entry:
         if self.state in ("training", "validating", "testing", "predicting"):
             raise RuntimeError(f"can't restore while {self.state}; stop first")
         state, entry = store.load(which)
+        for name in without:
+            if isinstance(state, dict) and name not in state.get("callbacks", {}):
+                raise ValueError(f"{entry.path} has no state of a callback {name!r}; it has: {', '.join(state['callbacks'])}")
+            state["callbacks"].pop(name)
         try:
             self.load_state_dict(state)
         except RestoreError as error:

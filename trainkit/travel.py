@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -203,14 +204,17 @@ class Travel(Lookback):
         folder = (self.run or folder).with_name(folder.name) if len(folder.parts) == 1 else folder
         if folder.exists() and any(folder.iterdir()):
             raise ValueError(f"{folder} isn't empty: a branch needs a run of its own")
-        origin, before = here.find(which), {key: getattr(self, key) for key in ("run", "history", "checkpoints")}
+        origin, was = here.find(which), copy.deepcopy(self.state_dict())
+        before = {key: getattr(self, key) for key in ("run", "history", "checkpoints", "parent", "_owned")}
         self.run, self.history = folder, History(folder / "history.jsonl")
         self.checkpoints = Checkpoints(folder / "checkpoints", here.keep, here.keep_best, here.keep_every)
         try:
             self._restore(here, origin)
+            self.parent = f"{here.folder.parent.name}/{origin.id}"
+            self.history.mark("branch", self.step, self.parent)
+            return self.save(note=f"branch of {self.parent}", pin=True)
         except BaseException:
             vars(self).update(before)
+            self._put_back({**was, "history": self.history.state_dict()})
+            shutil.rmtree(folder, ignore_errors=True)  # it was empty, or not there
             raise
-        self.parent = f"{here.folder.parent.name}/{origin.id}"
-        self.history.mark("branch", self.step, self.parent)
-        return self.save(note=f"branch of {self.parent}", pin=True)

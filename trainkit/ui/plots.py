@@ -173,7 +173,8 @@ def is_noisy(
 
 # %% ../../nbs/51_ui_plots.ipynb #90d8a65c
 class Ways:
-    "The tails of a history, and where the present way begins."
+    "The newest tails of a history, and where the present way begins."
+    most = 8  # more would be a thicket
 
     def __init__(self) -> None:
         self.tails: tuple[Tail, ...] = ()
@@ -181,7 +182,8 @@ class Ways:
 
     def update(self, snapshot: Snapshot) -> None:
         "Take note of what the history holds."
-        if [*map(id, self.tails)] != [*map(id, snapshot.tails)]: self.tails, self._parted = snapshot.tails, set()
+        tails = snapshot.tails[-self.most:]
+        if [*map(id, self.tails)] != [*map(id, tails)]: self.tails, self._parted = tails, set()
         new = [i for i in range(len(self.tails)) if i not in self._parted and parts(self.tails[i], snapshot.scalars)]
         self._parted.update(new)
 
@@ -246,8 +248,7 @@ class Ghosts:
     "The ways that were left, in one panel, and a small ring at each fork."
 
     def __init__(self, ax: Any):  # axes
-        from matplotlib.collections import LineCollection
-        self.lines = ax.add_collection(LineCollection([], colors="#aaaaaa", lw=0.8, zorder=1.5), autolim=False)
+        self.lines, = ax.plot([], [], color="#aaaaaa", lw=0.8, zorder=1.5)
         self.rings, = ax.plot([], [], "o", markersize=4, mfc="white", mec="#555555", mew=0.9, zorder=5)
         self._drawn: Any = None
         self.values = np.empty(0)  # what the view should cover
@@ -257,10 +258,9 @@ class Ghosts:
         key = positive, [*map(id, ways.tails)]
         if key != self._drawn:
             lines = [self._line(c, i, ways, scalars) for c in curves for i in range(len(ways.tails))]
-            lines = [np.stack([x, np.where(y > 0, y, np.nan) if positive else y], 1) for x, y in lines if len(x)]
-            self.lines.set_segments(lines)
-            self.values = np.concatenate([np.empty(0), *(line[:, 1] for line in lines)])
-            self._drawn = key
+            x, y = (np.concatenate([np.empty(0), *(np.append(line[k], np.nan) for line in lines)]) for k in (0, 1))
+            self.values, self._drawn = np.where(y > 0, y, np.nan) if positive else y, key
+            self.lines.set_data(x, self.values)
         there = [(fork, y) for c in curves for fork, y in zip(ways.forks, c.at(ways.forks)) if not c.rate]
         self.rings.set_data([x for x, _ in there], [y for _, y in there])
 

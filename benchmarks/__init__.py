@@ -1,0 +1,1 @@
+"What is measured rather than tested: run with `python -m benchmarks.<name>`."
