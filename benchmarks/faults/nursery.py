@@ -23,22 +23,25 @@ class Child:
 
     def __init__(self, nursery: Nursery, pid: int, log: Path):
         self.nursery, self.pid, self.log = nursery, pid, log
+        self.status: int | None = None
 
     def kill(self) -> bool:
         "SIGKILL; False when it had ended before."
-        os.kill(self.pid, signal.SIGKILL)  # it isn't reaped yet, so the number is still its own
+        if self.status is None:
+            os.kill(self.pid, signal.SIGKILL)  # it isn't reaped yet, so the number is still its own
         return self.wait() == -signal.SIGKILL
 
     def wait(self, seconds: float = 60) -> int:
         "Its exit status, as `subprocess` gives it; one that hangs is killed, and that is a TimeoutError."
         end, pause = time.monotonic() + seconds, 0.0005
-        while (status := self.nursery.ask("poll", pid=self.pid)) is None:
+        while self.status is None and (status := self.nursery.ask("poll", pid=self.pid)) is None:
             if time.monotonic() > end:
                 os.kill(self.pid, signal.SIGKILL)
-                self.nursery.ask("wait", pid=self.pid)
+                self.status = self.nursery.ask("wait", pid=self.pid)
                 raise TimeoutError(f"a process was still running after {seconds} seconds; it told {self.told()[-3:]}")
             time.sleep(pause := min(2 * pause, 0.02))
-        return status
+        self.status = status if self.status is None else self.status
+        return self.status
 
     def done(self, seconds: float = 60) -> list[dict[str, Any]]:
         "What it told, once it has ended well."
@@ -68,7 +71,9 @@ class Nursery:
         assert self.server.stdin is not None and self.server.stdout is not None
         self.server.stdin.write(json.dumps({"what": what, **kw}) + "\n")
         self.server.stdin.flush()
-        return json.loads(self.server.stdout.readline())
+        if not (answer := self.server.stdout.readline()):
+            raise SystemExit("the process that forks the others is gone; what it said stands above")
+        return json.loads(answer)
 
     def start(self, module: str, job: str, **kw: Any) -> Child:
         "A child that calls `job(tell, **kw)` of a module of this package; `tell(**facts)` writes a line."

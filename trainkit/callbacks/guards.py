@@ -25,7 +25,8 @@ from ..player import Player, unwrapped
 
 # %% auto #0
 __all__ = ['parts_of', 'tensors_in', 'finite', 'watching', 'as_written', 'why_bad', 'first_bad', 'Buffers', 'diagnosis',
-           'loss_and_norm', 'BadSteps', 'SkipBadSteps', 'Frame', 'frame_of', 'trouble', 'Frames', 'NumericsTracer']
+           'loss_and_norm', 'Window', 'BadSteps', 'SkipBadSteps', 'Frame', 'frame_of', 'trouble', 'Frames',
+           'NumericsTracer']
 
 # %% ../../nbs/33_guards.ipynb #d5fb85d0
 def parts_of(players: Iterable[Player]) -> dict[str, nn.Module]:
@@ -109,22 +110,23 @@ def first_bad(
 
 # %% ../../nbs/33_guards.ipynb #656dd01a
 class Buffers:
-    "Copies of the modules' buffers (running statistics and the like), to be put back."
+    "Where modules have their buffers (running statistics and the like), to copy them and to put copies back."
 
     def __init__(self, modules: Iterable[nn.Module]):
-        found = {id(b): (m, name, b) for m in modules for name, b in m.named_buffers(recurse=False)}
-        self.places = [(m, name) for m, name, _ in found.values()]
-        self.copies = [b.detach().clone() for _, _, b in found.values()]
+        found = {id(b): (m, name) for m in modules for name, b in m.named_buffers(recurse=False)}
+        self.places = [*found.values()]
 
-    def take(self) -> None:
-        "Copy them as they are now."
-        with torch.no_grad():
-            for (module, name), copy in zip(self.places, self.copies, strict=True):
-                copy.copy_(getattr(module, name))
+    def copies(self) -> list[Tensor]:
+        "The buffers as they are now."
+        return [getattr(module, name).detach().clone() for module, name in self.places]
 
-    def put_back(self) -> None:
-        "Make them what they were at the last copy."
-        for (module, name), copy in zip(self.places, self.copies, strict=True):
+    def fit(self, copies: list[Tensor]) -> bool:
+        "Could these be copies of them?"
+        return [t.shape for t in copies] == [getattr(module, name).shape for module, name in self.places]
+
+    def put_back(self, copies: list[Tensor]) -> None:
+        "Make them what they were when they were copied."
+        for (module, name), copy in zip(self.places, copies, strict=True):
             getattr(module, name).data.copy_(copy)  # .data: a graph that waits for its backward must not mind
 
 
@@ -148,8 +150,16 @@ def loss_and_norm(loss: Tensor, parameters: Iterable[nn.Parameter]) -> list[floa
     return torch.stack([loss.detach().float(), norm.float().to(loss.device)]).tolist()
 
 
+@dataclass
+class Window:
+    "The turns of a step that is to come."
+
+    loss: Tensor  # summed up over them
+    buffers: list[Tensor]  # as they were before the first
+
+
 class BadSteps(Callback):
-    "Knows bad steps, counts them, and has the last good buffers."
+    "Knows bad steps, counts them, and has the windows that are open."
 
     probing = False
 
@@ -159,13 +169,15 @@ class BadSteps(Callback):
         patience: int = 10,  # so many bad steps in a row are an error that says where they come from
         every: int = 1,  # look at each so-manieth update
     ):
+        if not (player is None or isinstance(player, str)):
+            hint = f" (patience={player!r}?)" if isinstance(player, int) else ""
+            raise TypeError(f"{type(self).__name__}: player is the name of one, or None for all; received {player!r}{hint}")
         self.player = player
         self.patience = whole(type(self).__name__, "patience", patience)
         self.every = whole(type(self).__name__, "every", every)
         self.skipped: dict[str, int] = {}  # per player, steps left out
         self.in_a_row: dict[str, int] = {}  # of these, since the last good one
-        self._losses: dict[str, Tensor] = {}  # per player, summed up over the turns of a step
-        self._buffers = Buffers(())
+        self._open: dict[str, Window] = {}  # per player, in the order in which they were opened
 
     def minds(self, player: Player) -> bool:
         "Is the player's next update one to look at?"
@@ -173,18 +185,20 @@ class BadSteps(Callback):
 
     def bad(self, player: Player) -> str:
         "What is not finite; '' if all is well."
-        loss, norm = loss_and_norm(self._losses[player.name], player.parameters())
+        loss, norm = loss_and_norm(self._open[player.name].loss, player.parameters())
         scaling = player.scaler is not None and not math.isfinite(norm) and player.scaler.get_scale() > 1
         good = math.isfinite(loss) and (math.isfinite(norm) or scaling)
         return "" if good else f"loss {loss:g}, gradient norm {norm:g}"
 
     def state_dict(self) -> dict[str, Any]:
-        "How many steps were left out, and how many in a row."
-        return {"skipped": dict(self.skipped), "in_a_row": dict(self.in_a_row)}
+        "How many steps were left out, how many in a row, and what the open windows have so far."
+        opened = {name: {"loss": window.loss, "buffers": [*window.buffers]} for name, window in self._open.items()}
+        return {"skipped": dict(self.skipped), "in_a_row": dict(self.in_a_row), "open": opened}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Takes back what `state_dict` gave."
-        self.skipped, self.in_a_row = dict(state["skipped"]), dict(state["in_a_row"])
+        opened = {name: Window(w["loss"].clone(), [t.clone() for t in w["buffers"]]) for name, w in state["open"].items()}
+        self.skipped, self.in_a_row, self._open = dict(state["skipped"]), dict(state["in_a_row"]), opened
 
 # %% ../../nbs/33_guards.ipynb #0e8f88a7
 class SkipBadSteps(BadSteps):
@@ -198,16 +212,17 @@ class SkipBadSteps(BadSteps):
 
     def before_fit(self, learn: Any) -> None:
         self._buffers = Buffers(learn.modules())
+        self._open = {name: window for name, window in self._open.items() if self._buffers.fit(window.buffers)}
 
     def before_turn(self, learn: Any) -> None:
-        if self.minds(learn.player) and not learn.player.window:
-            self._losses.pop(learn.player.name, None)
-            self._buffers.take()
+        player = learn.player
+        if self.minds(player) and not (player.window and player.name in self._open):
+            self._open.pop(player.name, None)
+            self._open[player.name] = Window(torch.zeros(()), self._buffers.copies())
 
     def before_backward(self, learn: Any) -> None:
-        if self.minds(learn.player):
-            sofar = self._losses.get(learn.player.name)
-            self._losses[learn.player.name] = learn.loss.detach() if sofar is None else sofar + learn.loss.detach()
+        if (window := self._open.get(learn.player.name)) is not None:
+            window.loss = window.loss + learn.loss.detach()
 
     def before_step(self, learn: Any) -> None:
         if self.minds(learn.player):
@@ -221,14 +236,24 @@ class SkipBadSteps(BadSteps):
         self.skipped[name] = self.skipped.get(name, 0) + 1
         learn.history.mark("skipped", learn.step + (learn.batch is not None), f"{name}: {bad}")
         lines = diagnosis(learn) if self.in_a_row[name] >= self.patience else []
-        self._buffers.put_back()
+        self._put_back(name)
         if lines:
             head = f"{self.in_a_row[name]} steps in a row of player {name!r} were bad, the last with {bad}"
             raise FloatingPointError("\n  ".join([head, *lines]))
         raise CancelStep
 
+    def _put_back(self, name: str) -> None:
+        first, names = self._open[name].buffers, [*self._open]
+        self._buffers.put_back(first)
+        for later in names[names.index(name) + 1 :]:  # its copy has the turns in it that are undone
+            self._open[later].buffers = first
+
+    def cleanup_turn(self, learn: Any) -> None:
+        if not learn.player.window:
+            self._open.pop(learn.player.name, None)
+
     def cleanup_fit(self, learn: Any) -> None:
-        self._losses, self._buffers = {}, Buffers(())
+        self._buffers = Buffers(())
 
     def __repr__(self) -> str:
         return f"SkipBadSteps({self.player!r}, patience={self.patience}, every={self.every})"
@@ -286,10 +311,14 @@ class Frames(Callback):
         show: Callable[[str], Any] = print,  # what is done with the table of a traced step
     ):
         self.frames: deque[Frame] = deque(maxlen=whole("NumericsTracer", "frames", frames))
+        if not isinstance(batches, Iterable):
+            raise TypeError(f"NumericsTracer: batches takes the steps to trace, as in [{batches!r}]; received {batches!r}")
         self.batches = {whole("NumericsTracer", "each of batches", step) for step in batches}
         self.abort_after = None if abort_after is None else whole("NumericsTracer", "abort_after", abort_after)
         if fits is not None and not (isinstance(fits, torch.dtype) and fits.is_floating_point):
             raise TypeError(f"NumericsTracer: fits takes a floating-point torch.dtype or None; received {fits!r}")
+        if not callable(show):
+            raise TypeError(f"NumericsTracer: show takes a function of a table; received {show!r}")
         self.fits, self.show = fits, show
         self.traced: dict[int, list[Frame]] = {}  # step -> its frames
 
