@@ -1306,3 +1306,45 @@ def test_a_process_that_ends_finishes_its_file(tmp_path):
     """
     subprocess.run([sys.executable, "-c", code], check=True)
     assert Checkpoints(tmp_path / "c").load()[0]["x"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("event", ["after_validate", "cleanup_validate"])
+@pytest.mark.parametrize("how", [{}, {"validate_every": 5}])
+def test_a_validation_that_is_on_record_is_not_made_again(event, how, tmp_path):
+    learn = learner(dls=validated(), run=tmp_path / "run")
+    learn.add(bomb := Bomb(event, KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(2, **how)
+    learn.remove(bomb)
+    again = learner(dls=validated(), run=tmp_path / "run")
+    again.restore()
+    for one in learn, again:
+        one.fit()
+        assert one.history.scalars["valid/loss"][0].tolist() == [5, 10] and (one.step, one.epoch) == (10, 2)
+
+
+@pytest.mark.parametrize("event", ["after_fit", "cleanup_fit"])
+def test_an_interrupt_while_the_end_is_tidied_up_is_not_lost(event):
+    learn = learner(cbs=On(event, lambda learn: os.kill(os.getpid(), signal.SIGINT)))
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(1)
+    assert (learn.state, learn.step) == ("finished", 5)
+
+
+def test_all_checkpoints_may_be_kept(tmp_path):
+    learn = learner(run=tmp_path / "run", keep="all", save_every=1)
+    learn.fit(2)
+    assert len(learn.checkpoints) == 10
+
+
+def test_an_interrupted_wait_is_no_end_of_the_writing():
+    from trainkit.storage import Background
+
+    background, gate, done = Background(), threading.Event(), []
+    background.start(lambda: (gate.wait(), done.append(1)))
+    threading.Timer(0.1, lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        background.wait()
+    threading.Timer(0.1, gate.set).start()
+    background.wait()
+    assert done == [1]

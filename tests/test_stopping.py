@@ -216,7 +216,7 @@ def test_an_unknown_monitor_is_named(how):
         learn.fit(**how)
     assert learn.step == 2 and learn.state == "failed"
     learn.add(EarlyStopping(patience=1))  # the cell again, put right
-    learn.fit(epochs=2)
+    learn.fit(epochs=3)
     assert learn.cbs.get(EarlyStopping).stopped
 
 
@@ -352,6 +352,12 @@ def test_metrics_of_other_callbacks_are_part_of_it_and_several_scores():
 def test_a_missing_series_is_named(of):
     with pytest.raises(ValueError, match=r"'valid.a/los' is not among what the validation found; did you mean valid.a/loss"):
         told({"a": [1.0], "b": [1.0]}, Score(of)).fit(epochs=1)
+
+
+def test_a_key_error_of_the_functions_own_is_its_own():
+    weights = {"a": 1.0}
+    with pytest.raises(KeyError, match="^'b'$"):
+        told({"a": [1.0], "b": [1.0]}, Score(lambda found: weights["b"] * found["valid.b/loss"])).fit(epochs=1)
 
 
 def test_a_series_that_is_recorded_already():

@@ -67,11 +67,13 @@ class Stoppable(Loop):
 
     def position(self) -> dict[str, Any]:
         "Where in the training the learner is, and where the fit was to end."
-        return {"step": self.step, "epoch": self.epoch, "drawn": self.drawn, "owed": self.owed, "target": asdict(self.target)}
+        return {"step": self.step, "epoch": self.epoch, "drawn": self.drawn, "owed": self.owed, "looked": self.looked,
+                "target": asdict(self.target)}  # fmt: skip
 
     def go_to(self, position: dict[str, Any]) -> None:
         "Take up a `position`."
-        self.step, self.epoch, self.drawn, self.owed = (position[key] for key in ("step", "epoch", "drawn", "owed"))
+        self.step, self.epoch, self.drawn, self.owed, self.looked = (
+            position[key] for key in ("step", "epoch", "drawn", "owed", "looked"))  # fmt: skip
         self.target = Target(**position["target"])
 
 # %% ../nbs/27_learner.ipynb #36a8145d
@@ -195,7 +197,7 @@ class Running(Plan):
             raise
         finally:
             self._end_fit()
-        if self.state == "interrupted":
+        if "interrupted" in (self.state, self._stopping):  # it may have come while the end was being tidied up
             raise KeyboardInterrupt
 
     def _end_fit(self) -> None:
@@ -403,7 +405,8 @@ class Kept(Placed):
         if self.monitor and not (self.mode or best_mode(self.monitor)):
             raise ValueError(f"monitor={self.monitor!r}: is more of it better, or less? Say mode='max' or mode='min'")
         if self.run is not None:
-            self.checkpoints = Checkpoints(self.run / "checkpoints", settings.keep, settings.keep_best, settings.keep_every)
+            keep = None if settings.keep == "all" else int(settings.keep)
+            self.checkpoints = Checkpoints(self.run / "checkpoints", keep, settings.keep_best, settings.keep_every)
             if settings.save_every != "none" and self.cbs.get(AutoSave) is None:
                 self.add(AutoSave(settings.save_every))
 

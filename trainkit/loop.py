@@ -20,7 +20,7 @@ from .player import Player, advance, freeze, losses_of, mean_gradient, move, sha
 from .travel import Travel
 
 # %% auto #0
-__all__ = ['Turns', 'Descent', 'Move', 'Target', 'count', 'Pause', 'Marks', 'Clock', 'Loop']
+__all__ = ['Turns', 'Descent', 'Move', 'Target', 'count', 'Pause', 'Marks', 'Clock', 'Followed', 'Loop']
 
 # %% ../nbs/26_loop.ipynb #46ba8b3e
 class Turns(Travel):
@@ -184,10 +184,13 @@ class Marks(Move):
     def _complete(self) -> bool:
         return self.target.reached(self.epoch, self.step) and not (self.owed or self.drawn)
 
+    def _look_on(self) -> None:
+        raise NotImplementedError
+
     def _between(self) -> None:
         "Between two batches: validate if it is owed; end here if asked to, or if the fit has its steps."
         if self.owed:
-            self.validate()
+            self._look_on()
             self.owed = False
         enough = self.target.step is not None and self.step >= self.target.step
         if (self._stopping or enough) and not self.stream.at_end:
@@ -236,9 +239,26 @@ class Clock(Marks):
         self.epoch, self.drawn = self.epoch + 1, False
         self._tick("epoch")
 
+# %% ../nbs/26_loop.ipynb #5be6ff60
+class Followed(Clock):
+    "Validates, and tells what was found."
+
+    looked: int = -1  # the step whose validation is on record
+    _looking: bool = False
+
+    def _look_on(self) -> None:
+        "Validate, unless that was done at this step, and something else cut in behind it."
+        self._looking = True
+        try:
+            if self.looked != self.step:
+                self.validate()
+        finally:
+            self._looking = False
+
     def record(self, found: Mapping[str, float]) -> None:
         "Put results into the history, and tell the schedules that follow one of them."
         super().record(found)
+        self.looked = self.step if self._looking else self.looked
         self._follow(found)
 
     def _follow(self, found: Mapping[str, float]) -> None:
@@ -253,8 +273,8 @@ class Clock(Marks):
         found = {name: self.history.scalars[name] for name in followed if not name.startswith("valid")}
         return {name: float(values[steps > start].mean()) for name, (steps, values) in found.items() if (steps > start).any()}
 
-# %% ../nbs/26_loop.ipynb #5be6ff60
-class Loop(Clock):
+# %% ../nbs/26_loop.ipynb #912adfa6
+class Loop(Followed):
     "Epochs of batches until the target is reached."
 
     def _loop(self) -> None:
@@ -288,7 +308,7 @@ class Loop(Clock):
             self._leftovers()
         self.drawn = True
         if self.loaders.valid and not self.target.validate_every:
-            self.validate()
+            self._look_on()
         self._follow(self._means())
         self._count_epoch()
         self.history.mark("epoch", self.step, str(self.epoch))

@@ -136,7 +136,7 @@ class Settings:
     seed: int | None = key(None, whole(0, 2**32 - 1) | empty("left alone"), "of all random generators")
     runs: str = key("runs", text("a folder"), "where run='name' lies, a run given without a path")
     save_every: str | int = key("epoch", choice("epoch", "none") | whole(1), "automatic checkpoints, by epoch or steps")
-    keep: int = key(3, whole(2), "how many of the newest checkpoints are kept")
+    keep: int | str = key(3, whole(2) | choice("all"), "how many of the newest checkpoints are kept")
     keep_best: int = key(1, whole(0), "how many of the best, beside them")
     keep_every: int | None = key(None, whole(1) | empty("no others"), "those whose step is a multiple of it, too")
     monitor: str = key("", text("a name as valid/loss, or empty: automatic", empty=True), "what the best is judged by")

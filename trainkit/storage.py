@@ -223,11 +223,13 @@ class Background:
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
+        self._done = threading.Event()
         self._error: Exception | None = None
 
     def start(self, job: Callable[[], Any]) -> None:
         "Wait for the job before, then run this one."
         self.wait()
+        self._done.clear()
         self._thread = threading.Thread(target=self._run, args=(job,), name="trainkit-checkpoint")
         self._thread.start()
 
@@ -236,11 +238,13 @@ class Background:
             job()
         except Exception as error:  # told to whoever asks
             self._error = error
+        finally:
+            self._done.set()
 
     def wait(self) -> None:
         "Until nothing is running; does nothing inside the job itself."
         if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+            self._done.wait()  # a join that is interrupted takes the thread for dead, up to Python 3.12
             self._thread = None
 
     def problem(self) -> Exception | None:
