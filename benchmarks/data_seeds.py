@@ -12,13 +12,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import resource
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from trainkit.data import BatchStream
-from trainkit.seeds import RandomState, SeededStream, seed_sample
+from trainkit.randomness import RandomState
+from trainkit.seeds import SeededStream, seed_sample
 
 N, BATCH = 6400, 64
 
@@ -67,7 +69,8 @@ def cpu(work: Callable[[], Any], runs: int = 7) -> tuple[float, float]:
     return min(own), min(all_)
 
 
-def epoch(stream: BatchStream) -> None:
+def epoch(cls: type[BatchStream], loader: DataLoader) -> None:
+    stream = cls(loader)
     for _ in stream:
         pass
     stream.close()
@@ -79,10 +82,15 @@ def batches() -> None:
             ("noise", Noise(), 2), ("pictures", Pictures(), 2)]  # fmt: skip
     for name, data, workers in rows:
         loader = DataLoader(data, BATCH, shuffle=True, num_workers=workers)
-        (bare, bare_all), (ours, ours_all) = (cpu(lambda: epoch(cls(loader))) for cls in (BatchStream, SeededStream))
+        (bare, bare_all), (ours, ours_all) = (cpu(partial(epoch, cls, loader)) for cls in (BatchStream, SeededStream))
         us = 1e6 * BATCH / N
         print(f"  {name:9} {workers} workers  this process {bare * us:6.0f} -> {ours * us:6.0f}"
               + f"   with workers {bare_all * us:6.0f} -> {ours_all * us:6.0f}" * bool(workers))
+
+
+def again(stream: BatchStream) -> None:
+    stream.close()
+    stream.fast_forward()
 
 
 def places() -> None:
@@ -93,11 +101,7 @@ def places() -> None:
             stream = cls(DataLoader(data, BATCH, shuffle=True))
             for _ in range(90):
                 stream.next_batch()
-
-            def again() -> None:
-                stream.close()
-                stream.fast_forward()
-            found.append(cpu(again)[0] * 1e3)
+            found.append(cpu(partial(again, stream))[0] * 1e3)
         print(f"  {name:9} {found[0]:7.2f} -> {found[1]:5.2f}")
 
 
@@ -108,8 +112,14 @@ def parts() -> None:
     def wear() -> None:
         with state.wear():
             pass
-    for name, work, n in ("seeding for one sample", lambda: seed_sample(2**63), 20_000), ("one fit's own random state", wear, 500):
-        print(f"  {name:28} {min(cpu(lambda: [work() for _ in range(n)])) / n * 1e6:7.1f}")
+    seeding = ("seeding for one sample", partial(seed_sample, 2**63), 20_000)
+    for name, work, n in seeding, ("one fit's own random state", wear, 500):
+        print(f"  {name:28} {cpu(partial(repeated, work, n))[0] / n * 1e6:7.1f}")
+
+
+def repeated(work: Callable[[], Any], n: int) -> None:
+    for _ in range(n):
+        work()
 
 
 if __name__ == "__main__":

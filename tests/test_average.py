@@ -14,7 +14,7 @@ from ways import ENDINGS, end_by, resumes, same, same_weights
 
 from trainkit.callback import Callback, CancelStep, On
 from trainkit.callbacks.average import EMA, SWA, recompute_batch_norm, weights_of
-from trainkit.callbacks.clip import ClampWeights
+from trainkit.callbacks.clip import AdaptiveClip, ClampWeights, ClipGradNorm
 from trainkit.callbacks.scheduled import Scheduled
 from trainkit.gan.learner import GANLearner
 from trainkit.knobs import all_knobs
@@ -455,9 +455,13 @@ def test_two_averages_of_which_one_is_looked_at():
     (lambda: EMA(every=0), "every.* >= 1; received 0"), (lambda: EMA(start=-1), "start.* >= 0; received -1"),
     (lambda: EMA(every=1.5), "received 1.5"), (lambda: SWA(1.0), "received 1.0"), (lambda: SWA(-1), "received -1"),
     (lambda: SWA(True), "received True"), (lambda: SWA(lr=0), "above 0; received 0"), (lambda: SWA(lr=-1), "received -1"),
-    (lambda: SWA(anneal=-1), "anneal.*received -1"), (lambda: SWA("half"), "received 'half'")])  # fmt: skip
+    (lambda: SWA(anneal=-1), "anneal.*received -1"), (lambda: SWA("half"), "received 'half'"),
+    (lambda: EMA(warmup="no"), r"EMA\(warmup=…\) takes True or False; received 'no'"), (lambda: EMA(warmup=1), "received 1"),
+    (lambda: SWA(forward=3), r"SWA\(forward=…\) takes a function \(learn, batch\), or None; received 3"),
+    (lambda: SWA(loader=3), r"SWA\(loader=…\) takes batches that can be gone through, or None; received 3"),
+    (lambda: SWA(loader="train"), "received 'train'")])  # fmt: skip
 def test_bad_arguments(make, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         make()
 
 
@@ -706,3 +710,103 @@ def test_a_rate_set_by_hand_stays():
     learn = learner(SWA(1, lr=0.02), On("after_batch", by_hand), lr=0.08)
     learn.fit(epochs=2)
     assert learn.players[0].schedule.overridden == {"value": 0.003}
+
+
+def layered(*cbs, schedule="constant", epochs=6, **kw):
+    "Two groups with rates of their own, and the rates with which each step was made."
+    torch.manual_seed(0)
+    used, opt = [], OptimBuilder("sgd", lr=0.1, params={"^0": {"lr": 0.01}}, schedule=schedule, momentum=0.9)
+    look = On("before_step", lambda learn: used.append([group["lr"] for group in learn.player.opt.param_groups]), order=90)
+    learn = Learner(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1)), loader(), "mse", opt, cbs=[*cbs, look], front="none", **kw)
+    learn.used = used
+    return learn
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", {"name": "cosine", "by": "epoch"}, {"name": "StepLR", "step_size": 3},
+                                      {"name": "OneCycleLR", "pct_start": 0.5}])  # fmt: skip
+@pytest.mark.parametrize("anneal", [0, 1, 4])
+def test_each_group_goes_over_from_its_own_rate_as_torchs(anneal, schedule):
+    learn, plain = layered(SWA(2, lr=0.05, anneal=anneal), schedule=schedule), layered(schedule=schedule)
+    for one in learn, plain:
+        one.fit(epochs=6)
+    before = plain.used[10]  # the rates with which the third epoch would begin
+    params = [{"params": [torch.zeros(1, requires_grad=True)], "lr": lr} for lr in before]
+    opt = torch.optim.SGD(params)
+    theirs = SWALR(opt, 0.05, anneal_epochs=anneal)
+    assert learn.used[:10] == plain.used[:10] and len({*before}) == 2
+    for epoch in range(2, 6):
+        opt.step()
+        theirs.step()
+        expected = [group["lr"] for group in opt.param_groups] if anneal else [0.05, 0.05]
+        for used in learn.used[5 * epoch : 5 * epoch + 5]:
+            assert used == pytest.approx(expected, rel=1e-9)
+    same(learn.players[0].schedule.state_dict(), plain.players[0].schedule.state_dict())
+    assert [g["lr"] for g in learn.players[0].opt.param_groups] == [g["lr"] for g in plain.players[0].opt.param_groups]
+
+
+@pytest.mark.parametrize("hand, held", [({"times": 0.5}, [0.5 * 0.02, 0.5 * 0.02]), ({"value": 0.3}, [0.3, 0.3]),
+                                        ({"times": 0.0}, [0.0, 0.0])])  # fmt: skip
+@pytest.mark.parametrize("when", ["before the fit", "in an averaged epoch"])
+def test_a_hand_lies_over_swas_rate_and_survives(hand, held, when, tmp_path):
+    at = 0 if when == "before the fit" else 7
+    put = On("before_batch", lambda learn: learn.players[0].schedule.override(**hand) if 0 < learn.step == at else None)
+    learn = layered(SWA(1, lr=0.02, anneal=1), put, run=tmp_path / "run")
+    schedule = learn.players[0].schedule
+    if not at:
+        schedule.override(**hand)
+    learn.fit(epochs=3)
+    assert all(used == pytest.approx(held) for used in learn.used[max(at, 5) :])
+    assert schedule.overridden == hand
+    there = [hand.get("value", hand.get("times", 1) * lr) for lr in (0.1, 0.01)]
+    assert schedule.knob.read() == pytest.approx(there)
+    schedule.release()
+    assert schedule.knob.read() == pytest.approx([0.1, 0.01])
+
+
+@pytest.mark.filterwarnings("ignore:.*averaged nothing")
+def test_the_rates_before_are_those_without_the_hand():
+    learn = layered(swa := SWA(1, lr=0.02, anneal=2))
+    learn.players[0].schedule.override(times=0.5)
+    learn.fit(epochs=2)
+    assert swa.bases["model"] == pytest.approx([0.1, 0.01])
+
+
+@pytest.mark.filterwarnings("ignore:.*averaged nothing")
+def test_checkpoints_hold_what_the_learner_has(tmp_path):
+    "SWA's rate is nobody's override, in the middle of an averaged epoch nor at the end."
+    for steps in 7, 15:
+        learn = layered(SWA(1, lr=0.02), run=tmp_path / f"{steps}")
+        learn.fit(steps=steps)
+        state, _ = learn.checkpoints.load("last")
+        saved = state["players"]["model"]
+        same(saved["schedules"], learn.state_dict()["players"]["model"]["schedules"])
+        same(saved["optimizer"]["param_groups"], learn.players[0].opt.state_dict()["param_groups"])
+        assert saved["schedules"]["lr"]["overridden"] is None
+
+
+@pytest.mark.parametrize("schedule", ["linear", {"name": "StepLR", "step_size": 3}])
+def test_layered_rates_resume(schedule, tmp_path):
+    make = lambda run: layered(SWA(1, lr=0.05, anneal=3), schedule=schedule, run=run)
+    resumes(make, tmp_path, steps=15, at=(3, 5, 7, 10, 12))
+
+
+@pytest.mark.filterwarnings("ignore:the checkpoint's settings are used")
+@pytest.mark.parametrize("kind, values", [(EMA, (0.9, 0.5)), (ClipGradNorm, (1.0, 3.0)), (AdaptiveClip, (0.1, 0.2))])
+def test_in_another_order_each_finds_its_own_state(kind, values):
+    "What acts on a player is saved under its name."
+    cbs = [kind(value, player=name) for value, name in zip(values, ("a", "b"))]
+    saved = several(*cbs)
+    saved.fit(steps=4)
+    again = [kind(value, player=name) for value, name in zip((0.3, 0.3), ("b", "a"))]
+    other = several(*again)
+    other.load_state_dict(saved.state_dict())
+    same([cb.state_dict() for cb in reversed(again)], [cb.state_dict() for cb in cbs])
+    assert [cb.name for cb in cbs] == [f"{kind(1.0).name} a", f"{kind(1.0).name} b"]
+    assert [*several(EMA(0.9, "a"), EMA(0.5, "a", evaluate=False)).cbs.keyed()] == ["ema a", "ema a.1"]
+
+
+def test_a_fresh_state_can_be_loaded():
+    for make in EMA, SWA:
+        cb = make()
+        cb.load_state_dict(cb.state_dict())
+        same(cb.state_dict(), make().state_dict())

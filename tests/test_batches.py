@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+import warnings
 from collections import UserDict, namedtuple
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from trainkit.callbacks.batches import (
     draw_box,
     exchange,
 )
+from trainkit.callbacks.guards import SkipBadSteps
 from trainkit.gan.learner import GANLearner
 from trainkit.gan.penalties import R1, GradientPenalty
 from trainkit.learner import Learner
@@ -500,8 +503,6 @@ def test_with_accumulation_it_counts_as_in_the_large_batch():
     (lambda learn: None, "must be a scalar tensor; received NoneType"),
     (lambda learn: learn.pred, r"must be a scalar tensor; received Tensor \(4, 5\) float32"),
     (lambda learn: learn.pred.mean().detach(), "does not depend on any trainable parameter of player 'model'"),
-    (lambda learn: learn.pred.mean() * float("nan"), "auxiliary loss 'extra' is nan"),
-    (lambda learn: learn.pred.mean() + float("inf"), "auxiliary loss 'extra' is inf"),
 ])  # fmt: skip
 def test_what_is_no_loss_is_named_and_changes_nothing(fn, message):
     learn = learner(AuxLoss(fn, name="extra"))
@@ -509,6 +510,40 @@ def test_what_is_no_loss_is_named_and_changes_nothing(fn, message):
     with pytest.raises(ValueError, match=message):
         learn.fit(steps=1)
     assert all(torch.equal(p, q) for p, q in zip(learn.model.parameters(), before))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_an_auxiliary_loss_that_is_not_finite_is_left_to_the_guards(bad):
+    learn = learner([SkipBadSteps(), AuxLoss(lambda learn: learn.pred.mean() * (bad if learn.step == 1 else 1.0))], valid=False)
+    learn.fit(steps=4)
+    assert learn.cbs.get(SkipBadSteps).skipped == {"model": 1} and learn.players[0].updates == 3
+    assert all(p.isfinite().all() for p in learn.model.parameters())
+
+
+def test_an_auxiliary_loss_reads_nothing_from_the_device(monkeypatch):
+    reads, learn = [], learner(aux := AuxLoss(penalty), valid=False)
+    learn.player, learn.loss, learn.losses = learn.players[0], penalty(SimpleNamespace(player=learn.players[0])), {}
+    for name in ("tolist", "item", "__bool__", "__float__"):
+        monkeypatch.setattr(torch.Tensor, name, lambda self, *args, name=name: reads.append(name))
+    aux.after_loss(learn)
+    assert reads == [] and "auxiliary" in learn.losses
+
+
+def test_weights_of_auxiliary_losses_are_saved_by_term_and_player():
+    saved = two_players([AuxLoss(penalty, 1.0, player="a"), AuxLoss(penalty, 2.0, player="b"), AuxLoss(penalty, 3.0, "more")])
+    state = saved.state_dict()
+    assert [*state["callbacks"]] == ["aux_loss a", "aux_loss b", "aux_loss more"]
+    other = two_players([AuxLoss(penalty, 0.5, "more"), AuxLoss(penalty, 0.5, player="b"), AuxLoss(penalty, 0.5, player="a")])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the checkpoint's settings are used
+        other.load_state_dict(state)
+    assert [cb.weight for cb in other.cbs if isinstance(cb, AuxLoss)] == [3.0, 2.0, 1.0]
+
+
+@pytest.mark.parametrize("make", [lambda: AuxLoss(len, player=3), lambda: InstanceNoise(player=None)])
+def test_players_are_names(make):
+    with pytest.raises(TypeError, match="player is the name of one"):
+        make()
 
 
 def test_a_name_that_is_taken_is_refused():

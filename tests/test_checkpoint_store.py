@@ -869,3 +869,27 @@ def test_diff_of_other_kinds():
 @settings(max_examples=50)
 def test_nothing_differs_from_itself(state):
     assert diff_state(state, state) == [] == diff_state(check_plain(state), state)
+
+
+@pytest.mark.parametrize("owner", ["", "5", None, '{"token"'])
+def test_a_lost_owner_file_is_no_other_run(tmp_path, owner):
+    store = Checkpoints(tmp_path)
+    store.claim()
+    for step in (1, 2):
+        store.save(state_of(step), step)
+    path = tmp_path / "owner.json"
+    path.unlink() if owner is None else path.write_text(owner)
+    later = Checkpoints(tmp_path)
+    assert later.load()[1].id == "2"
+    later.claim()
+    later.save(state_of(3), 3)
+    assert [later.load(step)[1].id for step in (1, 2, 3)] == ["1", "2", "3"]
+
+
+def test_a_checkpoint_that_somebody_took_away_is_missed(tmp_path):
+    store = Checkpoints(tmp_path)
+    for step in (1, 2):
+        store.save(state_of(step), step)
+    store.find(2).path.unlink()
+    with pytest.warns(UserWarning, match="ckpt-000000002.json describe checkpoints that are gone"):
+        assert store.load()[1].id == "1"

@@ -307,6 +307,8 @@ def test_bad_arguments(make, message):
 @pytest.mark.parametrize("cls, args", [(ClipGradNorm, (1,)), (ClipGradValue, (1,)), (AdaptiveClip, ()), (AutoClip, ()),
                                        (ClampWeights, (1,))])  # fmt: skip
 def test_a_player_is_a_name(cls, args):
+    with pytest.raises(TypeError, match="takes True or False; received 'no'"):
+        ClipGradNorm(1.0, error_if_nonfinite="no")
     with pytest.raises(TypeError, match="takes the name of a player, or None for all; received 3"):
         cls(*args, player=3)
 
@@ -420,3 +422,11 @@ def test_reprs_say_what_was_asked_for():
         "ClampWeights((0, 1), params='w')": ClampWeights((0, 1), params="w"),
     }
     assert [*said] == [*map(repr, said.values())]
+
+
+@pytest.mark.parametrize("make", [lambda: ClipGradNorm(math.inf), lambda: ClipGradValue(1.0), AdaptiveClip, AutoClip,
+                                  lambda: ClampWeights(1.0)])  # fmt: skip
+def test_a_fresh_state_can_be_loaded(make):
+    cb = make()
+    cb.load_state_dict(cb.state_dict())
+    assert cb.state_dict() == make().state_dict()

@@ -405,6 +405,7 @@ def test_turns_freeze_the_others_as_before():
     ({1: "a("}, r"'a\(' is not a regular expression"),
     ({1: [3]}, "3 is not a regular expression"),
     ({1: 3}, "3 is not a regular expression"),
+    ({1: []}, r"nothing becomes trainable at 1: give patterns of parameter names; received \{1: \[\]\}"),
 ])  # fmt: skip
 def test_bad_plans(plan, message):
     with pytest.raises((TypeError, ValueError), match=message):
@@ -430,3 +431,11 @@ def test_plans_that_do_not_fit_change_nothing(kw, message):
 def test_by_is_checked():
     with pytest.raises(ValueError, match="by is 'epoch' or 'step'; received 'update'"):
         Unfreeze(PLAN, by="update")
+
+
+def test_norms_and_player_are_checked():
+    with pytest.raises(TypeError, match=r"Unfreeze\(norms=…\) takes True or False; received 'no'"):
+        Unfreeze(PLAN, norms="no")
+    for make in lambda: Unfreeze(PLAN, player=3), lambda: Curriculum(6, player=3):
+        with pytest.raises(TypeError, match="player is the name of one, or None for all; received 3"):
+            make()

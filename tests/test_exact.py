@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from ways import resumes, same, same_weights
 from trainkit.callback import On
 from trainkit.callbacks.average import EMA
 from trainkit.callbacks.stopping import EarlyStopping
+from trainkit.device import seed_everything
 from trainkit.gan.learner import GANLearner
 from trainkit.gan.penalties import GradientPenalty
 from trainkit.learner import Learner
@@ -52,14 +54,14 @@ def loader(workers=0, sampler=None, data=None, **kw):
 
 
 def learner(run=None, train=None, opt="adamw", lr=0.01, **kw):
-    torch.manual_seed(0)
+    seed_everything(0)
     valid = DataLoader(Augmented(), 16)
     dls = (loader() if train is None else train, valid)
     return Learner(net(), dls, "mse", OptimBuilder(opt, lr=lr, **kw.pop("plan", {})), run=run, front="none", **kw)
 
 
 def gan(run=None, train=None, **kw):
-    torch.manual_seed(0)
+    seed_everything(0)
     g, d = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)), nn.Sequential(
         nn.Linear(3, 8), nn.LeakyReLU(0.2), nn.Dropout(0.1), nn.Linear(8, 1), nn.Flatten(0))  # fmt: skip
     terms = {"centre": (lambda r: r.fake.mean().square(), 0.5), "spread": lambda r: (r.fake.std() - 1).square()}
@@ -73,19 +75,22 @@ RUNS = {
     "a GAN with n_critic 5 and several terms": gan,
     "accumulation": lambda run=None: learner(run, accumulate=3),
     "EMA": lambda run=None: learner(run, cbs=[EMA(0.9)]),
-    "cosine with restarts": lambda run=None: learner(run, plan={"schedule": {"name": "cosine_restarts", "cycles": 3}, "warmup": 2}),
+    "cosine with restarts": lambda run=None: learner(
+        run, plan={"schedule": {"name": "cosine_restarts", "cycles": 3}, "warmup": 2}),
     "plateau": lambda run=None: learner(
         run, plan={"schedule": {"name": "plateau", "monitor": "valid/loss", "factor": 0.5, "patience": 0, "threshold": 0.5}}),
-    "early stopping": lambda run=None: learner(run, cbs=[EarlyStopping("valid/loss", patience=1, min_delta=0.05)]),
+    "early stopping": lambda run=None: learner(run, cbs=[EarlyStopping("valid/loss", patience=2, min_delta=0.2)]),
     "a seed of its own": lambda run=None: learner(run, seed=5),
-    "everything": lambda run=None: gan(run, accumulate={"discriminator": 3}, seed=5, n_critic=2, cbs=[EMA(0.9, player="generator")]),
+    "everything": lambda run=None: gan(
+        run, accumulate={"discriminator": 3}, seed=5, n_critic=2, cbs=[EMA(0.9, player="generator")]),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", RUNS)
 def test_left_and_taken_up(kind, tmp_path):
     "Inside the first epoch and the second, and between them; shuffled, with random transforms and dropout."
-    resumes(RUNS[kind], tmp_path, steps=16, at=(1, 5, 6, 10, 13))
+    long = kind == "early stopping"
+    resumes(RUNS[kind], tmp_path, steps=60 if long else 16, at=(1, 5, 6, 10, 13))
 
 
 def test_what_is_left_and_taken_up_does_something():
@@ -96,7 +101,7 @@ def test_what_is_left_and_taken_up_does_something():
     rates = {kind: learn.history.scalars["lr/model"][1] for kind, learn in runs.items()}
     assert rates["plateau"][-1] < rates["plateau"][0] / 2
     assert (np.diff(rates["cosine with restarts"]) > 0).sum() >= 3  # two of the warm-up, one at each restart
-    assert runs["early stopping"].step < 60
+    assert 13 < runs["early stopping"].step < 60
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
@@ -170,10 +175,16 @@ LOADERS = {
 }
 
 
+def letting_go(learn):
+    "Workers end with the fit: processes that others are forked beside are slow to end."
+    learn.add(On("cleanup_fit", lambda learn: learn.stream.close()))
+    return learn
+
+
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("kind", LOADERS)
 def test_any_data_left_and_taken_up(kind, tmp_path):
-    resumes(lambda run: learner(run, LOADERS[kind]()), tmp_path, steps=13, at=(2, 6, 10))
+    resumes(lambda run: letting_go(learner(run, LOADERS[kind]())), tmp_path, steps=13, at=(2, 6, 10))
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -182,7 +193,7 @@ def test_left_with_so_many_workers_and_taken_up_with_others(before, after, tmp_p
     "Neither a bit nor a warning."
     def make(run):
         workers, persistent = (0, False) if run is None else after if run.exists() else before
-        return learner(run, loader(workers, persistent_workers=persistent))
+        return letting_go(learner(run, loader(workers, persistent_workers=persistent)))
 
     resumes(make, tmp_path, steps=13, at=(2, 6, 10))
     assert not [str(w.message) for w in recwarn if "workers" in str(w.message)]
@@ -190,12 +201,11 @@ def test_left_with_so_many_workers_and_taken_up_with_others(before, after, tmp_p
 
 def test_random_transforms_of_what_is_validated_are_the_same_each_time(tmp_path):
     learn = learner()
-    looks = [learn.validate()["loss"] for _ in range(2)]
-    learn.fit(epochs=2)
-    assert looks[0] == looks[1] and len(learn.history.scalars["valid/loss"][1]) == 2
+    assert learn.validate() == learn.validate()
     persistent = learner(train=loader())
-    persistent.loaders.valid["valid"] = persistent.stream.beside(loader(2, persistent_workers=True), "valid")
-    assert persistent.validate()["loss"] == persistent.validate()["loss"]
+    own = DataLoader(Augmented(), 16, num_workers=2, persistent_workers=True)
+    persistent.loaders.valid["valid"] = persistent.stream.beside(own, "valid")
+    assert persistent.validate() == persistent.validate() == learn.validate()
 
 
 # --- killed ----------------------------------------------------------------------------------------------------------
@@ -225,7 +235,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("kind", ["learner", "gan"])
+@pytest.mark.parametrize("kind", [pytest.param("learner", marks=pytest.mark.slow), "gan"])
 def test_killed_in_the_middle_of_a_step(kind, tmp_path):
     "SIGKILL between a backward and its step, in the first epoch and in the second; then to the end."
     script = tmp_path / "train.py"
@@ -233,12 +243,14 @@ def test_killed_in_the_middle_of_a_step(kind, tmp_path):
 
     def go(run, at):
         env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "TRAINKIT_WHERE": "script"}
-        return subprocess.run([sys.executable, str(script), str(tmp_path / run), kind, str(at)], env=env, timeout=120,
-                              capture_output=True, text=True)  # fmt: skip
+        with open(tmp_path / "said.txt", "w+") as said:  # not a pipe: workers of the killed one hold it open for a while
+            done = subprocess.run([sys.executable, script, tmp_path / run, kind, str(at)], env=env, timeout=120,
+                                  stdout=said, stderr=subprocess.STDOUT)  # fmt: skip
+            return done.returncode, Path(said.name).read_text()
 
     results = [go("killed", at) for at in (5, 10, -1)] + [go("straight", -1)]
-    assert [r.returncode for r in results] == [-signal.SIGKILL, -signal.SIGKILL, 0, 0], results[-1].stderr + results[-2].stderr
-    came_from = [int(r.stdout.split()[-1]) for r in results[1:3]]
+    assert [code for code, _ in results] == [-signal.SIGKILL, -signal.SIGKILL, 0, 0], results
+    came_from = [int(re.search(r"from step (\d+)", said)[1]) for _, said in results[1:3]]
     assert 0 < came_from[0] <= 4 < came_from[1] <= 9
     killed, straight = (torch.load(tmp_path / run / "end.pt", weights_only=True) for run in ("killed", "straight"))
     for state in (killed, straight):
@@ -255,7 +267,7 @@ def everything_of(learn):
 
 
 def alone(make, steps):
-    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    seed_everything(1)
     learn = make()
     for n in steps:
         learn.fit(steps=n)
@@ -269,7 +281,7 @@ def test_two_learners_with_seeds_trained_in_turns():
     "With somebody who draws in between; each is what it is alone, and what is drawn in between is what it would be, too."
     steps = (3, 1, 4, 5)
     one, other = alone(TWO["one"], steps), alone(TWO["other"], steps)
-    random.seed(2), np.random.seed(2), torch.manual_seed(2)
+    seed_everything(2)
     a, b = TWO["one"](), TWO["other"]()
     torch.manual_seed(3)
     between = []
@@ -278,7 +290,7 @@ def test_two_learners_with_seeds_trained_in_turns():
         between.append(torch.rand(2))
         b.fit(steps=n)
         between.append(torch.rand(2))
-        a.validate(), b.sample(4), a.state_dict()
+        a.validate(), b.sample_fixed(4), a.state_dict()
     same(everything_of(one), everything_of(a))
     same(everything_of(other), everything_of(b))
     torch.manual_seed(3)
@@ -296,9 +308,9 @@ def test_one_learner_trained_inside_the_other():
 
 def test_a_learner_without_a_seed_shares_everybodys_random_state():
     "What `torch.manual_seed` says before a fit counts, as in any loop; with a seed it is the learner's own affair."
-    def fit(seed, **kw):
+    def fit(shared, **kw):
         learn = learner(**kw)
-        torch.manual_seed(seed)
+        torch.manual_seed(shared)
         learn.fit(steps=4)
         return learn
 

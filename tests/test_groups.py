@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from trainkit import groups
-from trainkit.groups import choose, depths, divide, groups_of, hidden, kinds_of, matrices, named
+from trainkit.groups import by_pattern, choose, depths, divide, groups_of, hidden, kinds_of, matrices, named
+from trainkit.groups import with_dense_gradients
 from trainkit.optim import OptimBuilder
 
 
@@ -291,3 +292,45 @@ def test_a_choice_of_nothing_or_everything_is_said(only, message):
 
 def test_every_rule_has_a_source_or_a_sentence():
     assert all(rule.__doc__ for rule in (*groups.RULES.values(), *groups.CHOICES.values()))
+
+
+def test_a_parameter_of_two_patterns_goes_by_the_first():
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    rules = {"bias$": {"lr": 0.1}, "^0": {"lr": 0.2, "weight_decay": 0.3}, ".": {"lr": 0.4}}
+    found = {name: g["lr"] for g in by_pattern(named(net), rules) for name, _ in g["params"]}
+    assert found == {"0.bias": 0.1, "1.bias": 0.1, "0.weight": 0.2, "1.weight": 0.4}
+    turned = {name: g["lr"] for g in by_pattern(named(net), dict([*rules.items()][1::-1])) for name, _ in g["params"] if "lr" in g}
+    assert turned == {"1.bias": 0.1, "0.weight": 0.2, "0.bias": 0.2}
+
+
+def test_a_pattern_behind_a_wider_one_is_named():
+    net = nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="'bias' takes no parameter: those before it took 0.bias"):
+        by_pattern(named(net), {"^0": {}, "bias": {}})
+
+
+def test_a_list_of_tables_adds_up():
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    groups = divide([{"params": named(net)}], [{"bias$": {"weight_decay": 0.0}}, {"^0": {"lr": 0.2}}])
+    both = next(g for g in groups if [name for name, _ in g["params"]] == ["0.bias"])
+    assert (both["lr"], both["weight_decay"]) == (0.2, 0.0)
+
+
+def test_unnamed_parameters_are_told_by_their_place():
+    a, b = nn.Parameter(torch.zeros(8, 4)), nn.Parameter(torch.zeros(8, 4))
+    with pytest.raises(ValueError, match=re.escape("the parameter at place 1 of group 1, of shape (8, 4), is in two groups: 0 and 1")):
+        groups_of([{"params": [a]}, {"params": [b, a]}])
+
+
+def test_what_has_dense_gradients():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.out = nn.Parameter(torch.zeros(3, 2)), nn.Linear(2, 1)
+
+    sparse, dense, own = nn.Embedding(3, 2, sparse=True), nn.Embedding(3, 2), Own()
+    found = with_dense_gradients({"a": sparse, "b": dense, "c": own})
+    assert found == {id(p) for p in (dense.weight, own.out.weight, own.out.bias)}  # of `table` nobody knows
+    tied = nn.Linear(2, 3, bias=False)
+    tied.weight = sparse.weight
+    assert with_dense_gradients([sparse, tied]) == set() == with_dense_gradients(None)

@@ -121,7 +121,7 @@ class Sharper(Counting):
 
 def test_of_a_callback_what_its_constructor_takes_and_not_what_it_counts():
     names = [name for name in knobs(learner(Sharper(), MixUp(), AuxLoss(len), AuxLoss(len, name="b"))) if "." in name]
-    assert sorted(names) == ["aux_loss.1.weight", "aux_loss.weight", "mix_up.alpha", "mix_up.probability", "sharper.power",
+    assert sorted(names) == ["aux_loss b.weight", "aux_loss.weight", "mix_up.alpha", "mix_up.probability", "sharper.power",
                              "sharper.rate", "weights.loss"]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import copy
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -1348,3 +1349,39 @@ def test_an_interrupted_wait_is_no_end_of_the_writing():
     threading.Timer(0.1, gate.set).start()
     background.wait()
     assert done == [1]
+
+
+def test_a_save_between_fits_leaves_the_folder_open(tmp_path):
+    learn = learner(run=tmp_path / "run")
+    learn.save()
+    code = f"""if True:
+        import fcntl
+        fcntl.lockf(open({str(tmp_path / "run" / "checkpoints" / "lock")!r}, "a"), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    """
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    learn.fit(1)
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_every_failed_write_is_said(tmp_path, monkeypatch):
+    learn = learner(run=tmp_path / "run", save_every=1)
+    real, calls = torch.save, []
+
+    def full(*args, **kw):
+        calls.append(1)
+        if len(calls) in (2, 3, 5):
+            raise OSError(28, "No space left on device")
+        return real(*args, **kw)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.warns(UserWarning, match="No space left") as said:
+        learn.fit(2)
+    named = sorted(re.findall(r"ckpt-0+(\d+)", str(w.message))[0] for w in said if "No space" in str(w.message))
+    assert named == ["2", "3", "5"] and learn.state == "finished"
+
+
+def test_without_threads_it_is_written_here(tmp_path, monkeypatch):
+    monkeypatch.setattr(threading.Thread, "start", lambda self: (_ for _ in ()).throw(RuntimeError("can't start new thread")))
+    learn = learner(run=tmp_path / "run")
+    learn.fit(2)
+    assert [e.id for e in learn.checkpoints] == ["5", "10"]

@@ -347,8 +347,8 @@ def test_parameters_that_do_not_go_are_named(params, plan, message):
         ({"name": 3}, "an optimizer is given as a name, an Optimizer class, a function of param"),
         ({"name": "torch.optim.Nothing"}, "'torch.optim.Nothing' can't be found"),
         ({"name": "adam", "beta": 0.5}, "adam: unknown option 'beta'; accepted (nearest first): betas"),
-        ({"name": "sgd", "momentum": "0.9"}, "sgd: momentum must be a number >= 0; received '0.9'"),
-        ({"name": "sgd", "momentum": -1}, "sgd: momentum must be a number >= 0; received -1"),
+        ({"name": "sgd", "momentum": "0.9"}, "sgd: momentum must be a number 0 <= x < 1; received '0.9'"),
+        ({"name": "sgd", "momentum": -1}, "sgd: momentum must be a number 0 <= x < 1; received -1"),
         ({"name": "sgd", "nesterov": True}, "Nesterov momentum requires a momentum"),
         ({"lr": -1e-3}, "adamw: lr must be a number >= 0; received -0.001"),
         ({"lr": float("inf")}, "received inf"),
@@ -1098,3 +1098,142 @@ def test_torchs_multistep_is_restored_with_its_place():
 
 def test_the_registries_are_where_people_look_for_them():
     assert register_scheduler.__module__ == "trainkit.shapes" and register_optimizer.__module__ == "trainkit.optimizers"
+
+
+# ---------------------------------------------------------------- every argument
+
+
+@pytest.mark.parametrize(
+    "plan, message",
+    [
+        ({"name": "adam", "amsgrad": "no"}, "adam: amsgrad must be True or False; received 'no'"),
+        ({"name": "adam", "amsgrad": 1}, "received 1"),
+        ({"name": "adam", "maximize": None}, "maximize must be True or False; received None"),
+        ({"name": "adam", "foreach": "yes"}, "foreach must be True or False; received 'yes'"),
+        ({"name": "sgd", "nesterov": "no", "momentum": 0.9}, "sgd: nesterov must be True or False; received 'no'"),
+        ({"name": "sgd", "momentum": 1.5}, "sgd: momentum must be a number 0 <= x < 1; received 1.5"),
+        ({"name": "sgd", "momentum": 1}, "received 1"),
+        ({"name": "rmsprop", "alpha": "x"}, "rmsprop: alpha must be a number; received 'x'"),
+        ({"name": "adam", "betas": (0.9, 0.99, 0.999)}, "adam: betas must be 2 numbers; received (0.9, 0.99, 0.999)"),
+        ({"name": "rprop", "etas": (0.5,)}, "rprop: etas must be 2 numbers; received (0.5,)"),
+        ({"params": {"bias": {"amsgrad": "no"}}}, "amsgrad must be True or False"),
+        ({"params": {"bias": {"betas": (0.9, 0.9, 0.9)}}}, "betas must be 2 numbers"),
+    ],
+)
+def test_values_of_another_kind_are_refused(plan, message):
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        OptimBuilder(**plan)
+    if "params" not in plan:
+        with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+            OptimBuilder.from_dict(plan)
+
+
+def test_values_of_the_right_kind_are_taken():
+    OptimBuilder("adam", amsgrad=np.True_, foreach=None, eps=1, weight_decay=torch.tensor(0.1))
+    OptimBuilder("adafactor", eps=(None, 1e-3))
+
+
+@pytest.mark.parametrize("plan", [[1], None, "adam", 3, {1: 2}])
+def test_a_plan_is_a_dictionary(plan):
+    with pytest.raises(TypeError, match="a plan is a dictionary {'name': …, option: …}; received " + re.escape(repr(plan))):
+        OptimBuilder.from_dict(plan)
+
+
+def test_sparse_adam_is_refused_for_dense_weights():
+    net = nn.Sequential(nn.Embedding(4, 3, sparse=True), nn.Linear(3, 1))
+    plan = OptimBuilder("sparseadam", lr=0.1)
+    with pytest.raises(ValueError, match="embeddings made with sparse=True; the gradients of these are dense: 1.weight, 1.bias"):
+        plan.build(net)
+    with pytest.raises(ValueError, match="are dense: 1.weight, 1.bias"):
+        plan.build(net.named_parameters(), modules=net)
+    plan.build(net[0])
+    both = OptimBuilder("sparseadam", only="^0", rest="sgd").build(net)
+    net(torch.tensor([1, 2])).sum().backward()
+    both.step()
+
+
+@pytest.mark.parametrize(
+    "name, plan, message",
+    [
+        ("adam", {"schedules": {"beta1": "linear", "momentum": "constant"}}, "momentum is betas[0] of the optimizer"),
+        ("adam", {"schedules": {"momentum": "linear", "beta1": "constant"}}, "is moved by the schedule of momentum"),
+        ("adam", {"schedule": "OneCycleLR", "schedules": {"beta1": "linear"}}, "by the schedule of lr, which cycles the momentum"),
+        ("sgd", {"schedule": "onecyclelr", "schedules": {"momentum": "linear"}, "momentum": 0.9}, "momentum is momentum of"),
+    ],
+)
+def test_two_schedules_for_one_number_are_refused(name, plan, message):
+    with pytest.raises(ValueError, match=f"{name}: two schedules can't move one number: .*" + re.escape(message)):
+        OptimBuilder(name, **plan)
+
+
+def test_schedules_of_numbers_beside_each_other_are_taken():
+    plan = OptimBuilder("adam", schedule="one_cycle", schedules={"beta1": "linear", "beta2": "constant"})
+    assert len(plan.schedules_for(plan.build(nn.Linear(1, 1)), 10)) == 3
+    free = {"name": "OneCycleLR", "cycle_momentum": False}
+    OptimBuilder("adam", schedule=free, schedules={"momentum": "linear"})
+
+
+def test_two_schedules_for_one_number_of_a_function_are_refused_when_it_is_there():
+    plan = OptimBuilder(a_factory, schedules={"beta1": "linear", "momentum": "constant"})
+    with pytest.raises(ValueError, match="two schedules can't move one number"):
+        plan.schedules_for(plan.build(nn.Linear(1, 1)), 10)
+
+
+def test_no_decay_stays_none_on_the_way_to_a_value():
+    plan = OptimBuilder("adamw", weight_decay=0.01, params="no_decay", schedules={"weight_decay": {"name": "linear", "to": 0.1}})
+    net = nn.Linear(3, 2)
+    seen = plan.preview(net, 10, plot=False)["weight_decay"]
+    assert seen["decay"][-1] == pytest.approx(0.091) and set(seen["no_decay"]) == {0.0}
+    optimizer = plan.build(net)
+    schedule = plan.schedules_for(optimizer, 10)["weight_decay"]
+    for _ in range(10):
+        schedule.advance()
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [pytest.approx(0.1), 0.0]
+
+
+class Falling:
+    def __init__(self, power):
+        self.power = power
+
+    def __call__(self, update, total):
+        return (1 - update / total) ** self.power
+
+    def method(self, update, total):
+        return self(update, total)
+
+
+def test_functions_without_a_path_of_their_own_are_compared_as_they_are():
+    one_, half = (lambda u, t=None: 1.0), (lambda u, t=None: 0.5)
+    assert OptimBuilder(schedule=one_) != OptimBuilder(schedule=half) and OptimBuilder(schedule=one_) == OptimBuilder(schedule=one_)
+    makers = [lambda p, lr=rate: torch.optim.SGD(p, lr) for rate in (0.1, 0.2)]
+    assert OptimBuilder(makers[0]) != OptimBuilder(makers[1]) and OptimBuilder(makers[0]) == OptimBuilder(makers[0])
+    first, second = Falling(1), Falling(2)
+    assert OptimBuilder(schedule=first) != OptimBuilder(schedule=second) and OptimBuilder(schedule=first) == OptimBuilder(schedule=first)
+    assert OptimBuilder(schedule=first.method) != OptimBuilder(schedule=second.method)
+    parts = [functools.partial(Falling.__call__, Falling(n)) for n in (1, 2)]
+    assert OptimBuilder(schedule=parts[0]) != OptimBuilder(schedule=parts[1]) and OptimBuilder(schedule=parts[0]) == OptimBuilder(schedule=parts[0])
+    table = {"name": "LambdaLR", "lr_lambda": [one_]}
+    assert OptimBuilder(schedule=table) != OptimBuilder(schedule={**table, "lr_lambda": [half]})
+    rests = [OptimBuilder("muon", only="matrices", rest=OptimBuilder(maker)) for maker in makers]
+    assert rests[0] != rests[1]
+
+
+@pytest.mark.parametrize("shape", [Falling(1), Falling(1).method, functools.partial(Falling.__call__, Falling(1))], ids=["made", "bound", "partial"])
+def test_what_no_path_leads_back_to_is_not_written(shape):
+    with pytest.raises(ValueError, match="can't be found by its name: define it in a module, or register it"):
+        OptimBuilder(schedule=shape).to_dict()
+
+
+def test_a_plateau_asks_for_values_of_its_series_to_preview():
+    plan = OptimBuilder(schedule={"name": "plateau", "monitor": "valid/loss"})
+    with pytest.raises(ValueError, match="how many values of valid/loss to look at: give total="):
+        plan.preview(nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("schedule", [{"name": "cosine_restarts", "cycles": 0}, {"name": "StepLR", "step_size": 0},
+                                      {"name": "plateau", "monitor": "valid/q"}, lambda u, total: 1 - u / 10])  # fmt: skip
+def test_a_schedule_that_would_fail_later_is_refused_in_the_plan(schedule):
+    with pytest.raises(ValueError, match=r"cycles must be|step_size must be|is more of monitor='valid/q' better|at update 11"):
+        OptimBuilder(schedule=schedule, total=50)
+    with pytest.raises(ValueError, match=r"schedules\['weight_decay'\]: .*(cycles|step_size|valid/q|update 11)"):
+        OptimBuilder(schedules={"weight_decay": schedule}, total=50)

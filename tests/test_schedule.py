@@ -416,9 +416,9 @@ def test_any_function_will_do():
         (("cosine", 10, 0, -1.5), {}, "end must be a multiplier >= 0; received -1.5"),
         (("cosine", 10, 0, float("nan")), {}, "received nan"),
         (("polynomial", 10), {"pwer": 2}, "unknown option 'pwer'; accepted (nearest first): power"),
-        (("polynomial", 10), {"power": "2"}, "scheduler 'polynomial' failed at update 0"),
+        (("polynomial", 10), {"power": "2"}, "power must be a number > 0; received '2'"),
         (("step",), {}, "missing a required argument: 'every'"),
-        (("piecewise",), {"boundaries": [3], "values": [1]}, "one value more; received [3] and [1]"),
+        (("piecewise",), {"boundaries": [3], "values": [1]}, "values must be one more than boundaries; received [1] for the boundaries [3]"),
         ((lambda u: 1, 10), {}, "must take (update, total)"),
         ((lambda u, total: -1.0, 10), {}, "gave -1.0 at update 0"),
     ],
@@ -429,11 +429,45 @@ def test_bad_arguments_are_named_at_construction(args, kw, message):
 
 
 def test_a_shape_that_turns_bad_is_named_and_leaves_the_rates_alone():
-    schedule = make(lambda u, total: math.nan if u == 2 else 1.0, total=5)
+    turned = []
+    schedule = make(lambda u, total: math.nan if u == 2 and turned else 1.0, total=5)
     schedule.advance()
+    turned.append(True)
     with pytest.raises(ValueError, match="gave nan at update 2 of 5"):
         schedule.advance()
     assert schedule.update == 1 and schedule.lr == [0.1]
+
+
+@pytest.mark.parametrize(
+    "shape, kw, message",
+    [
+        (lambda u, total: 1 - u / 50, {"total": 60}, "at update 51 of 60"),
+        (lambda u, total: 1 - u / 50, {"total": 60, "warmup": 5, "by": "epoch"}, "at epoch 51 of 55"),
+        (lambda u, total=None: [1.0, 0.5, 0.1][u], {}, "failed at update 3: list index out of range"),
+        (lambda u, total: 1 / (total - u), {"total": 7}, "failed at update 7 of 7: division by zero"),  # where it stays
+        (lambda u, total, cut=0: 1 - u / (total - cut), {"total": 9, "cut": 2}, "with cut=2 at update 8 of 9"),
+        (lambda u, total=None: -1.0 if u > 900 else 1.0, {}, "gave -1.0 at update 901"),
+        ("sequence", {"parts": [{"name": "constant", "length": 1500}, lambda u, t=None: 1 - u / 400]}, "at update 401"),
+    ],
+)
+def test_the_whole_curve_is_tried_before_anything_is_written(shape, kw, message):
+    opt = torch.optim.Adam([nn.Parameter(torch.zeros(1))], lr=0.3)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Schedule(opt, shape, **kw)
+    assert opt.param_groups[0]["lr"] == 0.3
+
+
+def test_a_curve_is_tried_again_when_its_length_is_told():
+    schedule = make(lambda u, total: 1.0 if total != 7 else 1 - u / 5)
+    for set_to in schedule.check_total, schedule.set_total, schedule.restart:
+        with pytest.raises(ValueError, match="at update 6 of 7"):
+            set_to(7)
+    assert schedule.total is None
+    schedule.set_total(8)
+
+
+def test_an_endless_curve_by_epoch_is_tried_for_a_hundred():
+    make(lambda u, total=None: 1.0 if u <= 100 else -1.0, by="epoch")
 
 
 def test_preview_is_what_will_be():
@@ -465,8 +499,44 @@ def test_any_option_of_an_optimizer_is_a_knob():
         rows.append([(g["weight_decay"], g["momentum"], g["lr"]) for g in opt.param_groups])
         decay.advance(), momentum.advance()
     assert [r[0][0] for r in rows] == pytest.approx([0.1, 0.15, 0.2, 0.25, 0.3])
-    assert [r[1][0] for r in rows] == pytest.approx([0, 0.075, 0.15, 0.225, 0.3])  # `to` works from 0, too
+    assert [r[1][0] for r in rows] == [0] * 5  # no decay stays none
+    assert decay.values(5) == {"group 0": pytest.approx([0.1, 0.15, 0.2, 0.25, 0.3]), "group 1": [0] * 5}
     assert [r[0][1] for r in rows] == pytest.approx([0.3, 0.6, 0.9, 0.9, 0.9]) and {r[0][2] for r in rows} == {1.0}
+
+
+def test_to_goes_up_from_0_where_nothing_else_is_there():
+    opt = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    rising = Schedule(OptionKnob(opt, "momentum"), "linear", total=2, to=0.8)
+    assert rising.values(3)["group 0"] == pytest.approx([0, 0.4, 0.8])
+    weights = {"penalty": 0.0}
+    assert Schedule(AttributeKnob(weights, "penalty"), "linear", total=2, to=4).values(3)["penalty"] == [0, 2, 4]
+
+
+def test_a_hand_reaches_groups_that_stay_at_0():
+    groups = [{"params": [nn.Parameter(torch.zeros(1))], "weight_decay": w} for w in (0.1, 0.0)]
+    schedule = Schedule(OptionKnob(torch.optim.SGD(groups, lr=1.0), "weight_decay"), "linear", total=4, to=0.3)
+    schedule.override(0.2)
+    assert schedule.lr == [0.2, 0.2]
+    schedule.override(times=2)
+    assert schedule.lr == [0.2, 0.0]
+    schedule.release()
+    assert schedule.lr == [0.1, 0.0]
+
+
+def test_a_momentum_of_1_is_refused_ahead():
+    opt = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9)
+    with pytest.raises(ValueError, match="momentum: to must be >= 0 and < 1; received 1.0"):
+        Schedule(OptionKnob(opt, "momentum"), "linear", total=4, to=1.0)
+    with pytest.raises(ValueError, match="momentum: the value at update .* must be >= 0 and < 1"):
+        Schedule(OptionKnob(opt, "momentum"), "linear", total=4, end=2.0)
+    assert opt.param_groups[0]["momentum"] == 0.9
+
+
+def test_a_lower_bound_is_looked_at_ahead():
+    knob = AttributeKnob(there := {"x": 1.0}, "x", low=0.5)
+    with pytest.raises(ValueError, match="x: the value at update 6 must be >= 0.5"):
+        Schedule(knob, "linear", total=10)
+    assert there == {"x": 1.0}
 
 
 @pytest.mark.parametrize("option, at", [("momentum", 0), ("beta1", 0), ("beta2", 1)])

@@ -13,6 +13,7 @@ from ways import ENDINGS, end_by, resumes, same_weights
 
 from trainkit.callback import CancelStep, On
 from trainkit.callbacks.batches import AuxLoss, InstanceNoise, LabelSmoothing, MixUp
+from trainkit.callbacks.clip import ClipGradNorm
 from trainkit.callbacks.scheduled import Scheduled
 from trainkit.gan.learner import GANLearner
 from trainkit.gan.losses import minimax_discriminator, nonsaturating_generator
@@ -352,7 +353,7 @@ class Frozen:
     ([Scheduled("weight_decay"), Scheduled("weight_decay", to=1.0)], ValueError, "weight_decay is moved by callback"),
     ([Scheduled("weightdecay")], ValueError, r"unknown knob 'weightdecay'; accepted \(nearest first\): weight_decay"),
     ([Scheduled("weight_decay", player="critic")], ValueError, "there is no player 'critic'; there are: model"),
-    ([Scheduled("label_smoothing.amount", to=1.5)], ValueError, "amount: to must be >= 0 and <"),
+    ([Scheduled("label_smoothing.amount", to=1.5)], ValueError, "to: LabelSmoothing: amount must .* received 1.5"),
     ([Scheduled("beta2", "constant", warmup=2), Scheduled("beta1", to=1.2)], ValueError, "beta1: to must be >= 0 and < 1"),
     ([Scheduled((Frozen(), "amount"))], TypeError, "Frozen.amount can't be set: cannot assign to field 'amount'"),
     ([Scheduled((Frozen(), "amounts"))], ValueError, "'amounts'; accepted .nearest first.: amount"),
@@ -379,8 +380,14 @@ def test_what_cannot_work_is_refused_before_anything_has_changed(cbs, error, mes
     (lambda: Scheduled("weight_decay", end=-0.5), ValueError, "end must be"),
     (lambda: Scheduled("weight_decay", to=math.nan), ValueError, "to must be a finite number; received nan"),
     (lambda: Scheduled("weight_decay", to="0"), TypeError, "to must be a number; received '0'"),
+    (lambda: Scheduled("x", end=0.1, to=3), ValueError, r"give end \(a multiplier\) or to \(a value\), not both; .* to=3"),
+    (lambda: Scheduled("x", "StepLR", step_size=3, to=0.1), TypeError, "unknown option 'to'"),
+    (lambda: Scheduled(3), TypeError, r"a knob is a name or a pair \(object, 'attribute'\); received 3"),
+    (lambda: Scheduled(("x", 3)), TypeError, r"a knob is a name or a pair .* received \('x', 3\)"),
+    (lambda: Scheduled("x", player=3), TypeError, "player is the name of one, or None; received 3"),
+    (lambda: Scheduled("x", "OneCycleLR", max_lr=0.3, cycle_momentum=True), ValueError, "leave cycle_momentum out"),
     (lambda: Scheduled("weight_decay", "plateau"), ValueError, "plateau must know which series of the history to follow"),
-    (lambda: Scheduled("weight_decay", lambda update, total: -1.0), ValueError, "accepted: >= 0"),
+    (lambda: Scheduled("weight_decay", lambda update, total: -1.0), ValueError, "accepted: .*>= 0"),
 ])  # fmt: skip
 def test_bad_arguments_are_errors_when_they_are_written(make, error, message):
     with pytest.raises(error, match=message):
@@ -402,3 +409,84 @@ def test_a_loader_without_a_length_is_told_so():
     learn = Learner(nn.Linear(3, 4), iter([(X, Y)] * 3), "cross_entropy", cbs=Scheduled("eps"), front="none")
     with pytest.raises(ValueError, match="scheduled eps: its schedule 'linear' must know its length"):
         learn.fit(epochs=1)
+
+
+# ------------------------------------------------------------------------------------------------------- looked at ahead
+
+BEYOND = {
+    "the last value is 0": (lambda: ClipGradNorm(1.0), "clip_grad_norm.max_norm", {},
+                            "update 12: .*a number above 0; received 0"),
+    "above": (lambda: LabelSmoothing(0.5), "label_smoothing.amount", {"shape": lambda u, t: 1 + 2 * u / t},
+              "update .* from 0 to 1"),
+    "for one update": (lambda: LabelSmoothing(0.5), "label_smoothing.amount",
+                       {"shape": "piecewise", "boundaries": [7, 8], "values": [1, 3, 1]}, "update 8: .*received 1.5"),
+    "one of torch's": (lambda: LabelSmoothing(0.5), "label_smoothing.amount",
+                       {"shape": "StepLR", "step_size": 5, "gamma": 1.5}, "update 10.*received 1.125"),
+    "by epochs": (lambda: ClipGradNorm(1.0), "clip_grad_norm.max_norm", {"by": "epoch"}, "epoch 2: .*received 0"),
+    "endless": (lambda: LabelSmoothing(0.5), "label_smoothing.amount", {"shape": lambda u, t=None: 1 + u / 11},
+                "update 12: .*1.04"),
+    "an option of the optimizer": (lambda: On("before_fit", lambda learn: None), "weight_decay",
+                                   {"shape": lambda u, t: 1 + 3 * u / t, "to": 2.0}, "weight_decay: .* update .* >= 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("what", BEYOND)
+def test_a_curve_that_would_leave_the_bounds_is_refused_before_a_step(what, known):
+    cb, name, options, message = BEYOND[what]
+    total = {"total": 2 if "by" in options else 12} if known and what not in ("one of torch's", "endless") else {}
+    learn = learner(cb(), scheduled := Scheduled(name, **total, **options))
+    before = knob(learn, name).read()
+    with pytest.raises(ValueError, match=message):
+        learn.fit(epochs=2)
+    assert learn.step == 0 and knob(learn, name).read() == before
+    learn.remove(scheduled)
+    learn.fit(epochs=2)
+    assert learn.state == "finished"
+
+
+def test_a_curve_within_the_bounds_is_not():
+    clip = ClipGradNorm(1.0)
+    learn = learner(clip, LabelSmoothing(0.5), Scheduled("clip_grad_norm.max_norm", end=0.01),
+                    Scheduled("label_smoothing.amount", lambda u, t: 1 + u / t))  # fmt: skip
+    learn.fit(epochs=2)
+    assert clip.max_norm == pytest.approx(0.01) and learn.cbs.get(LabelSmoothing).amount == 1.0
+
+
+@pytest.mark.parametrize("name", ["OneCycleLR", "CyclicLR"])
+def test_what_cycles_a_momentum_moves_its_number_only(name, tmp_path):
+    options = {"OneCycleLR": {"max_lr": 0.3}, "CyclicLR": {"base_lr": 0.1, "max_lr": 0.3, "step_size_up": 3}}[name]
+    resumes(lambda run: learner(LabelSmoothing(0.2), Scheduled("label_smoothing.amount", name, **options), run=run), tmp_path,
+            steps=6, at=(2, 4))  # fmt: skip
+    learn = learner(LabelSmoothing(0.2), Scheduled("label_smoothing.amount", name, **options))
+    learn.fit(steps=6)
+    theirs = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.2)
+    scheduler = getattr(torch.optim.lr_scheduler, name)(theirs, **options, cycle_momentum=False,
+                                                        **({"total_steps": 6} if name == "OneCycleLR" else {}))  # fmt: skip
+    expected = []
+    for _ in range(6):
+        expected.append(theirs.param_groups[0]["lr"])
+        theirs.step()
+        scheduler.step() if len(expected) < 6 else None
+    assert series(learn, "label_smoothing.amount") == pytest.approx(expected)
+    assert learn.players[0].opt.param_groups[0]["betas"] == (0.9, 0.99)
+
+
+def test_a_state_from_before_the_first_fit(tmp_path):
+    "Fresh ones can be loaded; then the number stands where it stood, and the next fit begins a new curve."
+    held = {"heat": 2.0}
+    cb = Scheduled((held, "heat"))
+    fresh = cb.state_dict()
+    assert fresh == {"schedule": {}, "last": None}
+    cb.load_state_dict(fresh)
+    learn = learner(LabelSmoothing(0.4), Scheduled("label_smoothing.amount"), cb, Scheduled("weight_decay"), run=tmp_path / "run")
+    entry = learn.save()
+    learn.fit(epochs=1)
+    straight = dict(learn.history.scalars)
+    assert held["heat"] == 0 and decay_of(learn) == 0
+    learn.restore(entry)
+    assert (held["heat"], decay_of(learn), learn.cbs.get(LabelSmoothing).amount) == (2.0, 0.4, 0.4)
+    assert cb.state_dict() == fresh
+    learn.fit(epochs=1)
+    for name in "heat", "weight_decay", "label_smoothing.amount":
+        assert learn.history.scalars[name][1].tolist() == straight[name][1].tolist()

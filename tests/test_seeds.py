@@ -1,7 +1,6 @@
-"The same samples whatever the number of workers, wherever a run was left; a random state of one's own."
+"The same samples whatever the number of workers, and wherever a run was left."
 
 import functools
-import os
 import random
 import signal
 
@@ -27,8 +26,6 @@ from trainkit.data import BatchStream
 from trainkit.device import rng_state, set_rng_state
 from trainkit.seeds import (
     GENERATORS,
-    RandomState,
-    Seeded,
     SeededStream,
     Telling,
     held,
@@ -776,90 +773,3 @@ def test_with_workers_it_is_drawn_anew():
     set_rng_state(rng)
     same(train(again, 8), expected)
     again.close()
-
-
-# --- a random state of one's own -------------------------------------------------------------------------------------
-
-
-def draws(n=3):
-    return [noise() for _ in range(n)]
-
-
-def test_worn_in_turns_each_draws_what_it_would_draw_alone():
-    alone = {}
-    for s in (1, 2):
-        state = RandomState(s)
-        with state.wear():
-            alone[s] = draws(6)
-    seed(0)
-    shared = draws(6)
-    seed(0)
-    one, two, got, between = RandomState(1), RandomState(2), {1: [], 2: []}, []
-    for n in (1, 2, 3):
-        with one.wear():
-            got[1] += draws(n)
-            with one.wear(), two.wear():
-                got[2] += draws(n)
-        between += draws(n)
-    assert got == alone and between == shared
-
-
-def test_without_a_seed_there_is_only_the_shared_state():
-    seed(0)
-    expected = draws(4)
-    seed(0)
-    state = RandomState()
-    with state.wear():
-        got = draws(2)
-    saved = state.state_dict()
-    got += draws(2)
-    assert got == expected
-    state.load_state_dict(saved)
-    assert draws(2) == expected[2:]
-
-
-@pytest.mark.parametrize("inside", [True, False])
-def test_kept_and_given_back(inside):
-    state = RandomState(5)
-    with state.wear():
-        draws()
-        saved = state.state_dict() if inside else None
-        mark = draws()
-    if not inside:
-        saved = state.state_dict()
-        with state.wear():
-            mark = draws()
-    fresh = RandomState(99)
-    seed(3)
-    fresh.load_state_dict(saved)
-    assert draws() == (seed(3), draws())[1]  # the shared state was not touched
-    with fresh.wear():
-        assert draws() == mark
-    with pytest.raises(ValueError, match="missing"):
-        fresh.load_state_dict({"torch": saved["torch"]})
-
-
-def test_an_error_inside_takes_it_off():
-    state = RandomState(5)
-    seed(3)
-    expected = draws()
-    seed(3)
-    with pytest.raises(KeyboardInterrupt), state.wear():
-        first = draws()
-        raise KeyboardInterrupt
-    assert draws() == expected and not state.worn
-    with state.wear():
-        assert draws() != first
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_its_state_can_be_saved_before_it_was_ever_worn():
-    state = RandomState(5)
-    saved = state.state_dict()
-    with state.wear():
-        expected = draws()
-    fresh = RandomState(6)
-    fresh.load_state_dict(saved)
-    with fresh.wear():
-        assert draws() == expected
-    assert isinstance(SeededStream(DataLoader(Noisy())).source, Seeded)

@@ -4,6 +4,7 @@ import math
 import re
 import sys
 import textwrap
+from functools import partial
 
 import pytest
 import torch
@@ -224,17 +225,40 @@ def test_bad_arguments_of_a_curve(kw, message):
 @pytest.mark.parametrize(
     "name, options, message",
     [
-        ("one_cycle", {"anneal": "cos"}, "anneal='cosine' or 'linear'"),
-        ("one_cycle", {"pct_start": 1.5}, "pct_start from 0 to 1; received 'cosine', 1.5"),
-        ("one_cycle", {"div": 0}, "failed at update 0"),
-        ("one_cycle_momentum", {"low": -3}, "gave -"),
-        ("inverse_sqrt", {"timescale": 0}, "failed at update 0"),
-        ("exponential", {"gamma": "x"}, "failed at update 0"),
+        ("one_cycle", {"anneal": "cos"}, "anneal must be 'cosine' or 'linear'; received 'cos'"),
+        ("one_cycle", {"pct_start": 1.5}, "pct_start must be a number 0 <= x <= 1; received 1.5"),
+        ("one_cycle", {"div": 0}, "div must be a number >= 1; received 0"),
+        ("one_cycle", {"final_div": -4}, "final_div must be a number > 0; received -4"),
+        ("one_cycle_momentum", {"low": -3}, "low must be a number 0 <= x <= 1; received -3"),
+        ("inverse_sqrt", {"timescale": 0}, "timescale must be a number > 0; received 0"),
+        ("inverse_sqrt", {"timescale": -10}, "received -10"),
+        ("exponential", {"gamma": "x"}, "gamma must be a number 0 < x <= 1; received 'x'"),
+        ("exponential", {"gamma": 1.5}, "received 1.5"),
+        ("exponential", {"gamma": -0.5}, "received -0.5"),
+        ("cosine_restarts", {"cycles": -1}, "cycles must be a whole number >= 1; received -1"),
+        ("cosine_restarts", {"cycles": 0}, "received 0"),
+        ("cosine_restarts", {"cycles": 2.5}, "received 2.5"),
+        ("cosine_restarts", {"cycles": "x"}, "received 'x'"),
+        ("polynomial", {"power": -1}, "power must be a number > 0; received -1"),
+        ("polynomial", {"power": math.nan}, "received nan"),
+        ("wsd", {"decay": 2}, "decay must be a number 0 < x <= 1; received 2"),
+        ("wsd", {"decay": 0}, "received 0"),
+        ("step", {"every": -3}, "every must be a whole number >= 1; received -3"),
+        ("step", {"every": True}, "received True"),
+        ("step", {"every": 3, "gamma": 2}, "gamma must be a number 0 < x <= 1; received 2"),
+        ("piecewise", {"boundaries": [10], "values": [1, -1]}, "values must be a list of multipliers >= 0; received [1, -1]"),
+        ("piecewise", {"boundaries": [10], "values": [1, "a"]}, "received [1, 'a']"),
+        ("piecewise", {"boundaries": [10, 10], "values": [1, 1, 1]}, "boundaries must be a list of rising numbers >= 0"),
+        ("piecewise", {"boundaries": 10, "values": [1, 1]}, "received 10"),
+        ("piecewise", {"boundaries": [10], "values": [1]}, "values must be one more than boundaries"),
     ],
 )
-def test_bad_options_of_a_shape(name, options, message):
-    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
-        PlannedCurve(name, 100, **options).preview(100)
+@pytest.mark.parametrize("total", [None, 100])
+def test_bad_options_of_a_shape(name, options, message, total):
+    with pytest.raises(ValueError, match=f"scheduler '{name}': .*" + re.escape(message)):
+        PlannedCurve(name, total, **options)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        PlannedCurve(partial(find_scheduler(name)[1], **options), total)
 
 
 def test_a_class_that_makes_no_shape():

@@ -198,7 +198,76 @@ def test_other_knobs_go_by_torchs_schedulers_too():
     assert opt.param_groups[0]["weight_decay"] == pytest.approx(0.1) and weights == {"penalty": 1.0} and penalty.by == "epoch"
     assert opt.param_groups[0]["lr"] == 0.1
     with pytest.raises(ValueError, match="scheduler 'OneCycleLR' can't be made: optimizer must support momentum"):
-        make_schedule(OptionKnob(opt, "weight_decay"), "OneCycleLR", 10)
+        make_schedule(OptionKnob(opt, "weight_decay"), {"name": "OneCycleLR", "cycle_momentum": True}, 10)
+
+
+@pytest.mark.parametrize("plan", ["OneCycleLR", {"name": "CyclicLR", "base_lr": 0.1, "max_lr": 0.4, "step_size_up": 3}])
+def test_where_there_is_no_momentum_none_is_cycled(plan):
+    weights, opt = {"noise": 0.3}, torch.optim.Adagrad([nn.Parameter(torch.zeros(1))], lr=0.3)
+    for knob in AttributeKnob(weights, "noise"), opt:
+        rates = make_schedule(knob, plan, 10).values(10)
+        assert len(rates) == 1
+        theirs = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
+        reference = (torchs.OneCycleLR(theirs, 0.3, 10, cycle_momentum=False) if plan == "OneCycleLR" else
+                     torchs.CyclicLR(theirs, 0.1, 0.4, 3, cycle_momentum=False))  # fmt: skip
+        expected = []
+        for _ in range(10):
+            expected.append(reference.get_last_lr()[0])
+            theirs.step()
+            if len(expected) < 10:
+                reference.step()
+        assert [*rates.values()][0] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "plan, message",
+    [
+        ({"name": "CosineAnnealingLR", "T_max": -3}, "T_max must be a whole number >= 1; received -3"),
+        ({"name": "CosineAnnealingLR", "T_max": 0}, "received 0"),
+        ({"name": "CosineAnnealingLR", "eta_min": -1}, "eta_min must be a number >= 0; received -1"),
+        ({"name": "StepLR", "step_size": 0}, "step_size must be a whole number >= 1; received 0"),
+        ({"name": "StepLR", "step_size": 2.5}, "received 2.5"),
+        ({"name": "ExponentialLR", "gamma": -1}, "gamma must be a number > 0; received -1"),
+        ({"name": "MultiStepLR", "milestones": [3.5]}, "milestones must be a list of whole numbers >= 0; received [3.5]"),
+        ({"name": "PolynomialLR", "power": -1}, "power must be a number > 0; received -1"),
+        ({"name": "ConstantLR", "total_iters": 0}, "total_iters must be a whole number >= 1; received 0"),
+        ({"name": "OneCycleLR", "final_div_factor": -4}, "final_div_factor must be a number > 0; received -4"),
+        ({"name": "OneCycleLR", "max_lr": [0.1, -1]}, "max_lr must be a number >= 0, or a list of them"),
+        ({"name": "plateau", "monitor": "valid/loss", "factor": -1}, "factor must be a number 0 <= x <= 1; received -1"),
+        ({"name": "plateau", "monitor": "valid/loss", "patience": 1.5}, "patience must be a whole number >= 0; received 1.5"),
+        ({"name": "LambdaLR", "lr_lambda": lambda u: 1 - u / 50}, "at update 51 must be >= 0; received -"),
+        ({"name": "LambdaLR", "lr_lambda": lambda u: [1, 1][u]}, "at update 2: list index out of range"),
+        ({"name": "LambdaLR", "lr_lambda": lambda u: 1 - u / 50, "total": 60}, "at update 51 of 60 must be >= 0"),
+        ({"name": "MultiplicativeLR", "lr_lambda": lambda u: -0.5}, "at update 1 must be >= 0; received -"),
+        ({"name": "CosineAnnealingWarmRestarts", "T_0": 0}, "T_0 must be a whole number >= 1; received 0"),
+    ],
+)
+def test_what_would_fail_or_mean_nothing_is_refused_at_once(plan, message):
+    opt = sgd(1.0, 1.0)
+    for use in check_schedule, partial(make_schedule, opt):
+        with pytest.raises(ValueError, match=f"scheduler '{plan['name']}'.*" + re.escape(message)):
+            use(plan)
+    assert [group["lr"] for group in opt.param_groups] == [1.0, 1.0]
+
+
+def test_what_a_knob_cannot_take_is_found_on_the_way():
+    with pytest.raises(ValueError, match="noise: what scheduler 'ExponentialLR' gives with gamma=2.5 at update 2 must be >= 0 and < 5"):
+        make_schedule(AttributeKnob({"noise": 1.0}, "noise", 0, 5), {"name": "ExponentialLR", "gamma": 2.5})
+    make_schedule(AttributeKnob({"noise": 1.0}, "noise", 0, 5), {"name": "ExponentialLR", "gamma": 2.5}, total=2, warmup=1)
+
+
+def test_a_length_told_later_is_run_through():
+    schedule = make_schedule(sgd(1.0), {"name": "LambdaLR", "lr_lambda": lambda u: 1.0 if u < 1500 else -1.0, "warmup": 0.1})
+    schedule.set_total(900)
+    fails = make_schedule(sgd(1.0), {"name": "CosineAnnealingLR", "eta_min": 0.1}, warmup=3)
+    with pytest.raises(ValueError, match="warmup=3 leaves nothing of total=3"):
+        fails.check_total(3)
+
+
+def test_options_that_are_refused_are_not_offered():
+    with pytest.raises(TypeError, match="unknown option 'stepsize'") as caught:
+        check_schedule({"name": "StepLR", "stepsize": 3})
+    assert "last_epoch" not in str(caught.value)
 
 
 def test_tensor_rates_are_filled_in_place():
@@ -294,7 +363,7 @@ def test_the_momentum_is_put_back_too():
         ({"warmup": -1}, "warmup must be a whole number"),
         ({"total": 0}, "total must be a whole number"),
         ({"options": {"milestone": [1]}}, "unknown option 'milestone'; accepted (nearest first): milestones"),
-        ({"options": {"milestones": 7}}, "scheduler 'MultiStepLR' can't be made"),
+        ({"options": {"milestones": 7}}, "milestones must be a list of whole numbers >= 0; received 7"),
         ({"overridden": {"value": -1}}, "override by value must be >= 0; received -1"),
         ({"made": None}, "the state lacks the counters of scheduler 'MultiStepLR'"),
         ({"made": [1]}, "the counters of a torch scheduler are a 'scheduler' and its 'groups'"),
@@ -428,11 +497,11 @@ def test_a_plateau_goes_on_with_its_counters():
 
 
 def test_a_plateau_is_warmed_up_by_what_it_is_told():
-    by_values = make_schedule(sgd(1.0), {"name": "plateau", "monitor": "m", "warmup": 1})
+    by_values = make_schedule(sgd(1.0), {"name": "plateau", "monitor": "m", "mode": "min", "warmup": 1})
     assert (by_values.by, by_values.monitor, by_values.lr) == ("metric", "m", [0.5])
     by_values.observe(1.0)
     assert by_values.lr == [1.0]
-    hasty = {"name": "plateau", "monitor": "m", "warmup": 3, "by": "update", "patience": 0, "factor": 0.5}
+    hasty = {"name": "plateau", "monitor": "m", "mode": "min", "warmup": 3, "by": "update", "patience": 0, "factor": 0.5}
     updates = make_schedule(sgd(1.0), hasty)
     updates.advance()
     updates.observe(1.0), updates.observe(1.0)
@@ -442,10 +511,36 @@ def test_a_plateau_is_warmed_up_by_what_it_is_told():
     updates.override(times=0.1)
     updates.observe(1.0)
     assert updates.lr == pytest.approx([0.025]) and repr(updates).endswith("overridden by times=0.1, by m")
-    fraction = make_schedule(sgd(1.0), {"name": "plateau", "monitor": "m", "warmup": 0.5, "by": "update"})
+    fraction = make_schedule(sgd(1.0), {"name": "plateau", "monitor": "m", "mode": "min", "warmup": 0.5, "by": "update"})
     assert fraction.needs_total
     fraction.set_total(10)
     assert fraction.lr == pytest.approx([1 / 6])
+
+
+@pytest.mark.parametrize("monitor, mode, better", [("valid/accuracy", None, 1), ("valid/loss", None, -1),
+                                                   ("valid/q", "max", 1), ("valid/accuracy", "min", -1)])  # fmt: skip
+def test_a_plateau_knows_what_is_better_from_the_name(monitor, mode, better):
+    plan = {"name": "plateau", "monitor": monitor, "patience": 0, "factor": 0.5, **({"mode": mode} if mode else {})}
+    assert check_schedule(plan) == plan  # as it was typed
+    schedule = make_schedule(sgd(1.0), plan)
+    for value in (0.1, 0.2, 0.3, 0.4):
+        schedule.observe(better * value)
+    assert schedule.lr == [1.0]
+    again = make_schedule(sgd(1.0), plan)
+    again.load_state_dict(schedule.state_dict())
+    for one in schedule, again:
+        one.observe(better * 0.3)
+        assert one.lr == [0.5]
+
+
+def test_a_plateau_knows_if_it_has_heard_anything():
+    schedule = make_schedule(sgd(1.0), {"name": "plateau", "monitor": "valid/lss", "mode": "min"})
+    assert not schedule.heard and make_schedule(sgd(1.0), "cosine", 5).heard and make_schedule(sgd(1.0), "linearlr", 5).heard
+    assert "unknown monitor 'valid/lss'; accepted (nearest first): valid/loss" in schedule.unheard(["train/loss", "valid/loss"])
+    schedule.observe(math.nan)
+    again = make_schedule(sgd(1.0), {"name": "plateau", "monitor": "valid/lss", "mode": "min"})
+    again.load_state_dict(schedule.state_dict())
+    assert schedule.heard and again.heard
 
 
 @pytest.mark.parametrize(
@@ -455,9 +550,10 @@ def test_a_plateau_is_warmed_up_by_what_it_is_told():
         ({"name": "plateau", "monitor": ""}, "received ''"),
         ({"name": "plateau", "monitor": 3}, "received 3"),
         ({"name": "plateau", "monitor": "m", "warmup": 0.1}, "a warm-up of 0.1 has no whole to be a part of"),
-        ({"name": "plateau", "monitor": "m", "patiense": 1}, "unknown option 'patiense'; accepted (nearest first): patience"),
+        ({"name": "plateau", "monitor": "m"}, "is more of monitor='m' better, or less? Say mode='max' or mode='min'"),
+        ({"name": "plateau", "monitor": "x/loss", "patiense": 1}, "unknown option 'patiense'; accepted (nearest first): patience"),
         ({"name": "plateau", "monitor": "m", "mode": "up"}, "scheduler 'plateau' can't be made: mode up is unknown"),
-        ({"name": "plateau", "monitor": "m", "factor": 1.5}, "scheduler 'plateau' can't be made"),
+        ({"name": "plateau", "monitor": "a/loss", "factor": 1.5}, "factor must be a number 0 <= x <= 1; received 1.5"),
         ({"name": "cosine", "monitor": "m"}, "unknown option 'monitor'"),
         ({"name": "cosine", "by": "metric"}, "by='metric' is for plateau: scheduler 'cosine' follows no series"),
         ({"name": "StepLR", "step_size": 3, "by": "metric"}, "by='metric' is for plateau"),
@@ -487,9 +583,9 @@ def test_bad_plateaus(plan, message):
         ({"name": "CosineAnnealingLR", "warmup": 1.5}, "warmup must be a whole number"),
         ({"name": "CosineAnnealingLR", "total": 0}, "total must be a whole number"),
         ({"name": "CosineAnnealingLR", "by": "hour"}, "by must be one of"),
-        ({"name": "LinearLR", "start_factor": 2}, "scheduler 'LinearLR' can't be made: Starting multiplicative factor"),
+        ({"name": "LinearLR", "start_factor": 2}, "start_factor must be a number 0 < x <= 1; received 2"),
         ({"name": "OneCycleLR", "anneal_strategy": "cosine"}, "scheduler 'OneCycleLR' can't be made: anneal_strategy must be"),
-        ({"name": "OneCycleLR", "pct_start": 2.0}, "scheduler 'OneCycleLR' can't be made"),
+        ({"name": "OneCycleLR", "pct_start": 2.0}, "pct_start must be a number 0 <= x <= 1; received 2.0"),
         ({"name": "LambdaLR"}, "missing a required argument: 'lr_lambda'"),
         ("SequentialLR", "SequentialLR is made of schedulers that have an optimizer already: use 'sequence'"),
         ({"name": "ChainedScheduler"}, "use 'sequence'"),
@@ -512,7 +608,7 @@ def test_what_is_said_twice():
 
 @pytest.mark.parametrize("plan", [*PLANS, *FACTORIES, "cosine", "plateau"])
 def test_a_checked_plan_makes_the_same_schedule(plan):
-    said = {"name": "plateau", "monitor": "m"} if plan == "plateau" else plan if plan == "cosine" else plan_for(plan)
+    said = {"name": "plateau", "monitor": "loss"} if plan == "plateau" else plan if plan == "cosine" else plan_for(plan)
     checked = check_schedule(said, total=40)
     assert check_schedule(checked) == checked and checked["total"] == 40
     assert make_schedule(sgd(0.1), checked).values(20) == make_schedule(sgd(0.1), said, total=40).values(20)

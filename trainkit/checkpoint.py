@@ -55,6 +55,7 @@ class Entry:
     time: float = 0.0  # seconds since the epoch
     size: int = 0  # bytes
     info: dict[str, Any] = field(default_factory=dict, hash=False)
+    run: str = ""  # what tells the run's checkpoints from another's
     thumbnail: bytes | None = None  # a PNG
 
     def __repr__(self) -> str:
@@ -108,7 +109,8 @@ def _entry(path: Path, meta: Mapping[str, Any], size: int | None = None) -> Entr
     "An entry from a file's name, its size and what it says."
     (name, step), said = numbered(path), checked_meta(meta)
     size = path.stat().st_size if size is None else size
-    return Entry(name, step, path, said["seq"], said["time"], size, said.get("info", {}), said["thumbnail"])
+    run = f"{said.get('run') or ''}"
+    return Entry(name, step, path, said["seq"], said["time"], size, said.get("info", {}), run, said["thumbnail"])
 
 # %% ../nbs/23_checkpoint.ipynb #a7df718e
 ODD = (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError)  # what reading somebody's JSON may raise
@@ -275,7 +277,8 @@ class Claimed(Shelf):
 
     def run_id(self) -> str:
         "What tells this run's checkpoints from another run's; a new one for a folder that has none."
-        return self.owner().get("run") or uuid.uuid4().hex[:12]
+        known = [self.owner().get("run", ""), *(entry.run for entry in reversed(self.list()))]
+        return next(filter(None, known), uuid.uuid4().hex[:12])
 
     def check_claim(self) -> None:
         "CheckpointError when somebody else has claimed the folder since this one did."
@@ -409,6 +412,8 @@ class Readable(Writable):
         if which != "last" or not len(self):
             entry = self.find(which)
             return self._read(entry), entry
+        if gone := [p.name for p in sorted(self.folder.glob("ckpt-*.json")) if not p.with_suffix(".pt").exists()]:
+            warnings.warn(f"in {self.folder}, {', '.join(gone)} describe checkpoints that are gone", stacklevel=3)
         for entry in reversed(self.list()):
             try:
                 return self._read(entry), entry
@@ -439,7 +444,8 @@ class Checkpoints(Readable):
         entry = self.find(which)
         picture = base64.b64encode(entry.thumbnail).decode() if entry.thumbnail else None
         info = {**entry.info, "pinned": pinned}
-        _describe(entry.path, {"seq": entry.seq, "time": entry.time, "info": info, "thumbnail": picture, "step": entry.step})
+        _describe(entry.path, {"seq": entry.seq, "time": entry.time, "info": info, "thumbnail": picture, "step": entry.step,
+                               "run": entry.run})  # fmt: skip
         return self.find(entry.id)
 
     def delete(self, which: Which) -> None:

@@ -12,7 +12,7 @@ from functools import partial
 from itertools import accumulate
 from typing import Any
 
-from .shapes import find_scheduler, path_of, register_scheduler, unknown
+from .shapes import check_ranges, find_scheduler, path_of, register_scheduler, unknown
 
 # %% auto #0
 __all__ = ['BY', 'check_count', 'check_warmup', 'check_options', 'is_endless', 'prepare', 'check_end', 'NamedCurve', 'Curve',
@@ -39,13 +39,15 @@ def check_warmup(warmup: int | float, total: int | None, by: str = "update") -> 
     return warmup
 
 # %% ../nbs/13a_curve.ipynb #1071c8af
-def check_options(name: str, shape: Callable[..., Any], options: Mapping[str, Any], given: int = 2) -> None:
-    "TypeError when a function doesn't take `options` beside the first `given` arguments, or lacks one."
+def check_options(
+    name: str, shape: Callable[..., Any], options: Mapping[str, Any], given: int = 2, hide: Sequence[str] = ()
+) -> None:
+    "TypeError when a function doesn't take `options` beside the first `given` arguments and those to `hide`, or lacks one."
     try:
         signature = inspect.signature(shape)
     except (TypeError, ValueError):  # some callables of C have none
         return
-    keywords = [p.name for p in signature.parameters.values()][given:]
+    keywords = [p.name for p in signature.parameters.values() if p.name not in hide][given:]
     if not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
         for option in options.keys() - set(keywords):
             raise TypeError(f"scheduler {name!r}: " + unknown("option", option, keywords))
@@ -74,6 +76,7 @@ def prepare(name: str, shape: Callable[..., Any], options: Mapping[str, Any]) ->
         made = shape(**options)
         return made, getattr(made, "endless", is_endless(made))
     check_options(name, shape, options)
+    check_ranges(name, shape, options)
     return partial(shape, **options) if options else shape, is_endless(shape)
 
 # %% ../nbs/13a_curve.ipynb #67d603bd
@@ -104,13 +107,17 @@ class NamedCurve:
     def _value(self, update: float, length: float | None) -> float:
         try:
             value = float(self._fn(update, length))
-        except (ArithmeticError, TypeError, ValueError) as error:
-            raise ValueError(f"scheduler {self.name!r} failed at {self.by} {update} of {length}: {error}") from error
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"scheduler {self.name!r} failed {self._where(update, length)}: {error}") from error
         if self.end:
             value = self.end + (1 - self.end) * value
         if not 0 <= value < math.inf:
-            raise ValueError(f"scheduler {self.name!r} gave {value} at {self.by} {update} of {length}; accepted: >= 0")
+            raise ValueError(f"scheduler {self.name!r} gave {value} {self._where(update, length)}; accepted: a multiplier >= 0")
         return value
+
+    def _where(self, update: float, length: float | None) -> str:
+        options = ", ".join(f"{k}={v!r:.60}" for k, v in self.options.items())
+        return (f"with {options} " if options else "") + f"at {self.by} {update}" + (f" of {length}" if length else "")
 
 # %% ../nbs/13a_curve.ipynb #f3eb87a4
 class Curve(NamedCurve):
@@ -131,7 +138,17 @@ class Curve(NamedCurve):
         self.total = total if total is None else check_count("total", total, 1, by)
         self.warmup = check_warmup(warmup, total, by)
         self.end, self.to = check_end(end, to)
-        self._value(0, None if self._endless else self.total or max(1000, getattr(self._fn, "shortest", 0)))
+        self._try(self.total and self.total - self._warmup_of(self.total))
+
+    def _warmup_of(self, total: int) -> int:
+        return self.warmup if isinstance(self.warmup, int) else min(round(self.warmup * total), total - 1)
+
+    def _try(self, length: int | None) -> None:
+        "ValueError when the shape fails anywhere in its length, or in a trial length where nobody knows it."
+        usual = 100 if self._endless and self.by in ("epoch", "metric") else 1000
+        tried = length or max(usual, getattr(self._fn, "shortest", 0))
+        for update in [*range(0, tried, max(1, tried // 1000)), tried]:
+            self._value(update, None if self._endless else tried)
 
     def __repr__(self) -> str:
         more: dict[str, Any] = {**({"end": self.end} if self.end else {}), **({"to": self.to} if self.to is not None else {})}
@@ -152,7 +169,7 @@ class LaidCurve(Curve):
         "ValueError when the curve can't be laid over so many updates."
         check_warmup(self.warmup, check_count("total", total, 1, self.by), self.by)
         if not self._endless:
-            self._value(0, total - self._warmup_of(total))
+            self._try(total - self._warmup_of(total))
 
     def set_total(self, total: int) -> None:
         "Say how many updates there will be; ValueError when another number was said before."
@@ -163,9 +180,6 @@ class LaidCurve(Curve):
 
     def _lay_over(self, total: int) -> None:
         self.total = total
-
-    def _warmup_of(self, total: int) -> int:
-        return self.warmup if isinstance(self.warmup, int) else min(round(self.warmup * total), total - 1)
 
     @property
     def warmup_updates(self) -> int:

@@ -25,7 +25,7 @@ from .device import preserve_rng, rng_state, set_rng_state
 # %% auto #0
 __all__ = ['ACCEPTED', 'TARGET_KEYS', 'Split', 'ANEW', 'describe', 'length_of', 'as_tensor', 'ArrayDataset', 'as_loader',
            'Loaders', 'as_loaders', 'split_batch', 'check_parts', 'checked_split', 'batch_size_of', 'worker_safe',
-           'EpochStart', 'skipped', 'Rewindable', 'Stateful', 'ForwardOnly', 'Batches', 'BatchStream']
+           'generators_of', 'EpochStart', 'skipped', 'Rewindable', 'Stateful', 'ForwardOnly', 'Batches', 'BatchStream']
 
 # %% ../nbs/11_data.ipynb #1312a433
 def describe(
@@ -343,7 +343,8 @@ def _parts(loader: Any) -> dict[str, Any]:
     return {name: part for name, part in parts.items() if part is not None}
 
 
-def _generators(loader: Any) -> dict[str, torch.Generator]:
+def generators_of(loader: Any) -> dict[str, torch.Generator]:
+    "The generators that a loader, its samplers and its dataset have as `generator`."
     found = {name: getattr(part, "generator", None) for name, part in _parts(loader).items()}
     return {name: g for name, g in found.items() if isinstance(g, torch.Generator)}
 
@@ -369,12 +370,12 @@ class EpochStart:
     @classmethod
     def of(cls, loader: Any) -> EpochStart:
         "The present state."
-        generators = {name: g.get_state() for name, g in _generators(loader).items()}
+        generators = {name: g.get_state() for name, g in generators_of(loader).items()}
         return cls(rng_state(devices=()), generators, getattr(loader, "_iterator", None) is not None)
 
     def set_generators(self, loader: Any) -> None:
         "Put the states of the loader's own generators back."
-        for name, g in _generators(loader).items():
+        for name, g in generators_of(loader).items():
             if name in self.generators:
                 g.set_state(self.generators[name])
 

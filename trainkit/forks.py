@@ -51,7 +51,8 @@ def cut(
     "What a run leaves behind when it goes back."
     after = {name: steps > step for name, (steps, _) in scalars.items()}
     stride = -(-sum(int(a.sum()) for a in after.values()) // most) or 1
-    left = {name: thinned(*(o[after[name]] for o in scalars[name]), stride) for name, a in after.items() if a.any()}
+    left = {name: thinned(steps[after[name]], values[after[name]], stride)
+            for name, (steps, values) in scalars.items() if after[name].any()}
     return Tail(max(step, 0), left, time)
 
 # %% ../nbs/00a_forks.ipynb #d5c61c6a

@@ -17,9 +17,9 @@ from .shapes import locate, path_of, unknown
 
 # %% auto #0
 __all__ = ['Named', 'Kinds', 'RULES', 'ACCEPTED', 'CHOICES', 'named', 'label', 'trainable', 'groups_of', 'check_disjoint',
-           'kinds_of', 'is_embedding', 'check_names', 'by_pattern', 'no_decay', 'layer_key', 'layer_keys', 'depths',
-           'layer_decay', 'with_options', 'is_table', 'as_rules', 'check_table', 'apply', 'merged', 'divide',
-           'matrices', 'hidden', 'as_choice', 'choose']
+           'kinds_of', 'with_dense_gradients', 'is_embedding', 'check_names', 'by_pattern', 'no_decay', 'layer_key',
+           'layer_keys', 'depths', 'layer_decay', 'with_options', 'is_table', 'as_rules', 'check_table', 'apply',
+           'merged', 'divide', 'matrices', 'hidden', 'as_choice', 'choose']
 
 # %% ../nbs/16_groups.ipynb #1ea188c8
 Named = tuple[str, Tensor]  # the name is empty when there is none
@@ -78,7 +78,9 @@ def check_disjoint(groups: Iterable[Mapping[str, Any]]) -> None:
     for i, group in enumerate(groups):
         for name, p in group["params"]:
             if id(p) in seen:
-                raise ValueError(f"parameter {label(name, p)} is in two groups: {seen[id(p)]} and {i}")
+                place = next(j for j, (_, q) in enumerate(group["params"]) if q is p)
+                which = f"parameter {name!r}" if name else f"the parameter at place {place} of group {i}, of shape {tuple(p.shape)},"
+                raise ValueError(f"{which} is in two groups: {seen[id(p)]} and {i}")
         seen.update({id(p): i for _, p in group["params"]})
 
 # %% ../nbs/16_groups.ipynb #e03e19a7
@@ -100,6 +102,15 @@ def kinds_of(modules: nn.Module | Iterable[nn.Module] | Mapping[str, nn.Module] 
     return found
 
 
+def with_dense_gradients(modules: Any) -> set[int]:
+    "The ids of parameters whose gradients are surely not sparse: those of torch's own layers but embeddings made for it."
+    roots = [modules] if isinstance(modules, nn.Module) else list(modules.values() if isinstance(modules, Mapping) else modules or ())
+    layers = [m for root in roots if isinstance(root, nn.Module) for m in root.modules()]
+    own = [m for m in layers if type(m).__module__.startswith("torch.nn.") and not getattr(m, "sparse", False)]
+    sparse = {id(p) for m in layers if getattr(m, "sparse", False) for p in m.parameters(recurse=False)}
+    return {id(p) for m in own for p in m.parameters(recurse=False)} - sparse
+
+
 def is_embedding(name: str, p: Tensor, kinds: Kinds) -> bool:
     "Is it an embedding: by the kind of its module, or by a part of its name?"
     return kinds.get(id(p)) == "embedding" or bool(re.search(r"(^|[._])(wte|wpe|embed\w*|emb)([._]|$)", name))
@@ -119,7 +130,10 @@ def by_pattern(pairs: list[Named], rules: Mapping[str, Mapping[str, Any]]) -> li
         taken[next((rule for rule in rules if re.search(rule, name)), "")].append((name, p))
     for rule in rules:
         if not taken[rule]:
-            raise ValueError(f"pattern {rule!r} takes no parameter; names: {', '.join(n for n, _ in pairs)}"[:400])
+            hit = [name for name, _ in pairs if re.search(rule, name)]
+            why = f"takes no parameter: those before it took {', '.join(hit)} (the first pattern that is found has it)"
+            raise ValueError(f"pattern {rule!r} " + (why if hit else "takes no parameter; names: "
+                             + ", ".join(name for name, _ in pairs))[:400])  # fmt: skip
     return [{"name": rule or "other", **rules.get(rule, {}), "params": group} for rule, group in taken.items() if group]
 
 # %% ../nbs/16_groups.ipynb #bcd27c5c

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,8 +17,8 @@ from .schedule import AttributeKnob, Knob, OptionKnob, Schedule, place_of
 from .shapes import unknown
 
 # %% auto #0
-__all__ = ['Number', 'Adjustable', 'TermKnob', 'ScheduledKnob', 'place', 'options_of', 'weights_of', 'numbers_of', 'all_knobs',
-           'knobs', 'schedules_of', 'named_knob', 'knob', 'set_knob']
+__all__ = ['Number', 'Adjustable', 'TermKnob', 'ScheduledKnob', 'NumberKnob', 'place', 'options_of', 'weights_of', 'numbers_of',
+           'all_knobs', 'knobs', 'schedules_of', 'named_knob', 'knob', 'set_knob']
 
 # %% ../nbs/28_knobs.ipynb #88e2ab31
 class Number:
@@ -106,6 +107,23 @@ class ScheduledKnob(Knob):
             raise ValueError(f"{self.name} is moved by {self.owner}: it takes one value for all its places; received {values}")
         self.schedule.override(values[0])
 
+# %% ../nbs/28_knobs.ipynb #a250311e
+class NumberKnob(AttributeKnob):
+    "A `Number` of a callback."
+
+    def __init__(self, cb: Callback, name: str, number: Number):
+        super().__init__(cb, name, number.least, min(math.nextafter(number.most, math.inf), sys.float_info.max))
+        self.number = number
+
+    def check(self, value: Any, what: str = "value") -> float:
+        "A value, if the callback takes it; TypeError or ValueError if not."
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{self.name}: {what} must be a number; received {value!r}")
+        try:
+            return self.number.checked(value, type(self.holder).__name__)
+        except ValueError as error:
+            raise ValueError(f"{what}: {error}") from None
+
 # %% ../nbs/28_knobs.ipynb #2968b10b
 def place(knob: Knob) -> tuple[Any, ...]:
     "What a knob turns: equal for two knobs of the same number."
@@ -139,9 +157,8 @@ def numbers_of(cb: Callback) -> Iterator[tuple[str, Knob]]:
     given = {name for kind in kinds for name in inspect.signature(kind).parameters}
     for name, value in [*vars(cb).items()]:
         if name in given and isinstance(value, float):
-            bounds = getattr(type(cb), name, None)
-            low, high = (bounds.least, bounds.most) if isinstance(bounds, Number) else (-math.inf, math.inf)
-            yield name, AttributeKnob(cb, name, low, math.nextafter(high, math.inf))
+            number = getattr(type(cb), name, None)
+            yield name, NumberKnob(cb, name, number) if isinstance(number, Number) else AttributeKnob(cb, name)
 
 # %% ../nbs/28_knobs.ipynb #4b1f1b20
 def all_knobs(learn: Any, player: str | None = None) -> dict[str, dict[str, Knob]]:

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,23 +23,24 @@ from torch.optim import Optimizer
 from .composite import CompositeOptimizer
 from .environment import where
 from .groups import Kinds, Named, apply, as_choice, as_rules, choose, divide, groups_of, is_table, kinds_of, label
+from .groups import with_dense_gradients
 from .optimizers import _REGISTERED, check_options, check_value, default_of, find_optimizer, is_plugin
 from .optimizers import keywords as keywords
-from .optimizers import refuse_closure, small
+from .optimizers import refuse_closure, refuse_dense, small
 from .optimizers import register_optimizer as register_optimizer
 from .optimizers import torch_optimizers as torch_optimizers
-from .schedule import OptionKnob, Schedule
+from .schedule import OptionKnob, Schedule, place_of
 from .shapes import draw_schedules, path_of, unknown
 from .shapes import register_scheduler as register_scheduler  # people look for it here, too
 
-from .torch_schedule import check_schedule, make_schedule
+from .torch_schedule import check_schedule, cycles_momentum, make_schedule
 
 # %% auto #0
 __all__ = ['HOW', 'ARGUMENTS', 'DEFAULTS', 'fused_devices', 'can_fuse', 'has_kernel', 'align_gradients', 'keep_how',
            'align_state', 'split_factory', 'listed', 'split_schedule', 'check_settings', 'check_rule', 'sketch',
-           'unit_of', 'check_schedules', 'check_share', 'OptimPlan', 'plain', 'WritablePlan', 'read_toml', 'read_table',
-           'StoredPlan', 'for_factory', 'adopt', 'reason', 'Maker', 'Sharer', 'Scheduling', 'planned_values',
-           'draw_plan', 'OptimBuilder', 'as_builder']
+           'unit_of', 'check_apart', 'check_schedules', 'check_share', 'OptimPlan', 'plain', 'has_path', 'told_apart',
+           'WritablePlan', 'read_toml', 'read_table', 'StoredPlan', 'for_factory', 'adopt', 'reason', 'Maker', 'Sharer',
+           'Scheduling', 'planned_values', 'draw_plan', 'OptimBuilder', 'as_builder']
 
 # %% ../nbs/17_optim.ipynb #d74e3555
 def fused_devices() -> set[str]:
@@ -164,7 +166,7 @@ def sketch(factory: Callable[..., Optimizer], options: Mapping[str, Any], schedu
             made = torch.optim.AdamW([small()])
     else:
         made = torch.optim.AdamW([small()])
-        made.param_groups[0].update({option: 1.0 for option in scheduled if option not in ("beta1", "beta2")})
+        made.param_groups[0].update({option: 0.5 for option in scheduled if option not in ("beta1", "beta2")})
     if isinstance(options.get("lr"), Tensor):
         made.param_groups[0]["lr"] = options["lr"].clone()
     return made
@@ -173,6 +175,20 @@ def sketch(factory: Callable[..., Optimizer], options: Mapping[str, Any], schedu
 def unit_of(schedule: Any) -> str:
     "What one unit of a planned schedule is."
     return schedule.get("by", "update") if isinstance(schedule, Mapping) else "update"
+
+
+def check_apart(name: str, optimizer: Optimizer, schedules: Iterable[str], shape: Any, options: Mapping[str, Any]) -> None:
+    "ValueError when two options that have schedules are one number; that of the rate may move the momentum, too."
+    group, owners = optimizer.param_groups[0], dict[Any, str]()
+    if cycles_momentum(shape, options) and ("momentum" in group or "betas" in group):
+        owners[place_of(group, "momentum")] = "lr, which cycles the momentum"
+    for option in schedules:
+        key, at = place = place_of(group, option)
+        if place in owners:
+            where = key if at is None else f"{key}[{at}]"
+            raise ValueError(f"{name}: two schedules can't move one number: {option} is {where} of the optimizer, which is moved "
+                             f"by the schedule of {owners[place]}")  # fmt: skip
+        owners[place] = option
 
 
 def check_schedules(name: str, optimizer: Optimizer, schedules: Mapping[str, Any], total: int | None) -> dict[str, Any]:
@@ -216,7 +232,7 @@ class OptimPlan:
         warmup: int | float = 0,  # updates, or a part of them all, until the full rate
         total: int | None = None,  # updates until the end of the schedule; None: the run's
         fused: bool | str = "auto",  # one kernel for all parameters: True, False, or where it is right
-        params: Any = None,  # groups: {pattern: options}, "no_decay", {"rule": "layer_decay", …}, a function, or a list
+        params: Any = None,  # groups: {pattern: options} (first hit wins), "no_decay", {"rule": …}, a function, or a list
         schedules: Mapping[str, Any] | None = None,  # of further options: {"weight_decay": a schedule, …}
         only: Any = None,  # takes these parameters: "matrices", "hidden", a pattern, or function(name, parameter) -> bool
         rest: Any = None,  # the plan for the others
@@ -242,11 +258,9 @@ class OptimPlan:
                 raise ValueError(f"the schedule of lr is given twice: {schedule!r}, and {schedules['lr']!r} in schedules")
             schedule = schedules.pop("lr")
         self.shape, self.shape_options, self.warmup, self.total = split_schedule(schedule, warmup, total)
-        made = sketch(self.factory, self.options, schedules) if schedules else None
-        self.schedules = check_schedules(self.name, made, schedules, self.total) if made else {}
-
-    def _lr_schedule(self, optimizer: Optimizer, total: int | None) -> Schedule:
-        return make_schedule(optimizer, {"name": self.shape, **self.shape_options}, total, self.warmup)
+        made = sketch(self.factory, self.options, schedules)
+        self.schedules = check_schedules(self.name, made, schedules, self.total)
+        check_apart(self.name, made, self.schedules, self.shape, self.shape_options)
 
 # %% ../nbs/17_optim.ipynb #a0f2c65f
 def plain(value: Any, strict: bool = False) -> Any:
@@ -259,9 +273,26 @@ def plain(value: Any, strict: bool = False) -> Any:
         return value.tolist()
     if not callable(value):
         return value
-    if strict and "<" in path_of(value):
+    if strict and not has_path(value):
         raise ValueError(f"{path_of(value)} can't be found by its name: define it in a module, or register it")
     return path_of(value)
+
+
+def has_path(fn: Callable[..., Any]) -> bool:
+    "Does the path of a function or class tell it from all others? One of a lambda, a partial or a made object doesn't."
+    bound = getattr(fn, "__self__", None)
+    return hasattr(fn, "__qualname__") and "<" not in path_of(fn) and (bound is None or isinstance(bound, (type, ModuleType)))
+
+
+def told_apart(value: Any) -> Any:
+    "A value of a plan for comparison: as `plain`, but functions that have no path of their own as they are."
+    if isinstance(value, Mapping):
+        return {key: told_apart(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [told_apart(v) for v in value]
+    if isinstance(value, partial):
+        return [told_apart(value.func), told_apart(value.args), told_apart(value.keywords)]
+    return value if callable(value) and not has_path(value) else plain(value)
 
 # %% ../nbs/17_optim.ipynb #cfd6fe28
 _P = TypeVar("_P", bound="WritablePlan")
@@ -298,6 +329,8 @@ class WritablePlan(OptimPlan):
     @classmethod
     def from_dict(cls: type[_P], plan: Mapping[str, Any]) -> _P:
         "The plan that `to_dict` wrote, or one typed by hand."
+        if not isinstance(plan, Mapping) or not all(isinstance(key, str) for key in plan):
+            raise TypeError(f"a plan is a dictionary {{'name': …, option: …}}; received {plan!r:.80}")
         return cls(**plan)
 
     def __repr__(self) -> str:
@@ -305,7 +338,9 @@ class WritablePlan(OptimPlan):
         return f"{type(self).__name__}({self.name!r}{values})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, WritablePlan) and repr(self) == repr(other)
+        if not isinstance(other, WritablePlan) or repr(self) != repr(other):
+            return False
+        return bool(told_apart([self.factory, self.arguments()]) == told_apart([other.factory, other.arguments()]))
 
 # %% ../nbs/17_optim.ipynb #f1ae09c8
 def read_toml(text: str) -> dict[str, Any]:
@@ -444,6 +479,8 @@ class Sharer(Maker):
 class Scheduling(Sharer):
     "Makes the schedules."
 
+    def _lr_schedule(self, optimizer: Optimizer, total: int | None) -> Schedule:
+        return make_schedule(optimizer, {"name": self.shape, **self.shape_options}, total, self.warmup)
     def schedule_for(
         self,
         optimizer: Optimizer,  # whose rates it sets
@@ -465,6 +502,7 @@ class Scheduling(Sharer):
             own = isinstance(schedule, Mapping) and "total" in schedule
             known = None if own or unit_of(schedule) != "update" else length
             found[option] = make_schedule(OptionKnob(optimizer, option), schedule, known)
+        check_apart(self.name, optimizer, found, self.shape, self.shape_options)
         return found
 
 # %% ../nbs/17_optim.ipynb #6e921b32
@@ -479,7 +517,8 @@ def planned_values(
         given, name = (epochs, "epochs") if schedule.by == "epoch" else (total, "total")
         n = schedule.total if given is None else given
         if n is None:
-            raise ValueError(f"the preview of {option} must know how many {schedule.by}s to look at: give {name}=")
+            what = f"values of {schedule.monitor}" if schedule.monitor else f"{schedule.by}s"
+            raise ValueError(f"the preview of {option} must know how many {what} to look at: give {name}=")
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
             raise ValueError(f"{name} must be a whole number >= 1; received {n!r}")
         if schedule.total is None and schedule.needs_total:
@@ -515,6 +554,7 @@ class OptimBuilder(Scheduling):
         "The optimizer over all floating-point parameters, frozen ones too; an error says which don't go."
         kinds = kinds_of(params if modules is None and isinstance(params, nn.Module) else modules)
         parts = self._share(groups_of(params), kinds)
+        refuse_dense(parts, with_dense_gradients(params if modules is None and isinstance(params, nn.Module) else modules))
         return CompositeOptimizer(parts) if len(parts) > 1 else parts[0]
 
     def preview(

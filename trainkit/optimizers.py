@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -25,7 +25,7 @@ from .shapes import key_of, locate, path_of, plugin, plugins, register, unknown
 __all__ = ['ENTRY_POINTS', 'PLUGINS', 'OPTIMIZERS', 'LIMITS', 'torch_optimizers', 'register_optimizer', 'needs_closure',
            'refuse_closure', 'is_installed', 'loaders_of', 'plugin_optimizers', 'unknown_optimizer', 'find_named',
            'refuse_other', 'find_optimizer', 'check_value', 'keywords', 'default_of', 'is_plugin', 'check_keyword',
-           'small', 'try_step', 'try_out', 'check_options']
+           'check_kind', 'refuse_dense', 'small', 'try_step', 'try_out', 'check_options']
 
 # %% ../nbs/16a_optimizers.ipynb #29e83215
 def torch_optimizers() -> dict[str, type[Optimizer]]:
@@ -161,7 +161,7 @@ def find_optimizer(
     return name, factory
 
 # %% ../nbs/16a_optimizers.ipynb #9047bd6f
-LIMITS = {**dict.fromkeys(("lr", "lr_scale", "weight_decay", "momentum", "eps"), np.inf), "betas": 1.0}  # 0 <= x < limit
+LIMITS = {**dict.fromkeys(("lr", "lr_scale", "weight_decay", "eps"), np.inf), "momentum": 1.0, "betas": 1.0}  # 0 <= x < limit
 
 
 def check_value(owner: str, option: str, value: Any) -> Any:
@@ -174,7 +174,7 @@ def check_value(owner: str, option: str, value: Any) -> Any:
     pair = option == "betas"
     if pair and not (isinstance(value, tuple) and len(value) > 1):
         raise TypeError(f"{owner}: betas must be a pair of numbers 0 <= b < 1; received {value!r}")
-    accepted = "two numbers 0 <= b < 1" if pair else "a number >= 0"
+    accepted = "two numbers 0 <= b < 1" if pair else "a number >= 0" if LIMITS[option] == np.inf else "a number 0 <= x < 1"
     for number in value if pair else (value,):
         number = number.item() if isinstance(number, Tensor) and number.numel() == 1 else number
         if isinstance(number, bool) or not isinstance(number, (int, float)):
@@ -219,6 +219,31 @@ def check_keyword(name: str, factory: Callable[..., Any], option: str, beside: I
     if accepted is not None and option not in accepted:
         near = difflib.get_close_matches(option, [*accepted, *beside], n=3)
         raise TypeError(f"{name}: " + unknown("option", option, accepted | {n for n in near if n in beside}))
+
+# %% ../nbs/16a_optimizers.ipynb #a1cf5559
+def check_kind(owner: str, factory: Callable[..., Any], option: str, value: Any) -> None:
+    "TypeError or ValueError for a value of another kind than the option's default: a switch, a number, so many numbers."
+    default = default_of(factory, option)
+    accepted = ""
+    if isinstance(default, bool) or option in ("foreach", "fused"):
+        if not isinstance(value, (bool, np.bool_)) and (value is not None or default is not None):
+            accepted = "True or False"
+    elif isinstance(default, float) and isinstance(value, (str, bool, list, tuple, dict)):
+        accepted = "a number"
+    if accepted:
+        raise TypeError(f"{owner}: {option} must be {accepted}; received {value!r:.80}")
+    if isinstance(default, tuple) and isinstance(value, (tuple, list)) and len(value) != len(default):
+        raise ValueError(f"{owner}: {option} must be {len(default)} numbers; received {value!r:.80}")
+
+# %% ../nbs/16a_optimizers.ipynb #2caba1df
+def refuse_dense(parts: Iterable[Optimizer], dense: Container[int]) -> None:
+    "ValueError when torch's SparseAdam is to train what has dense gradients; it would say so at the first step."
+    for optimizer in parts:
+        for group in optimizer.param_groups if isinstance(optimizer, torch.optim.SparseAdam) else ():
+            names = group.get("param_names") or [f"one of shape {tuple(p.shape)}" for p in group["params"]]
+            if wrong := [str(name) for name, p in zip(names, group["params"]) if id(p) in dense]:
+                raise ValueError("sparseadam trains embeddings made with sparse=True; the gradients of these are dense: "
+                                 f"{', '.join(wrong)}. Give them another optimizer: only=…, rest=…")  # fmt: skip
 
 # %% ../nbs/16a_optimizers.ipynb #28a1adc9
 def small() -> nn.Parameter:
@@ -267,6 +292,7 @@ def check_options(
     "The options made plain; an error for one that the optimizer doesn't take, or a value it refuses."
     for option in options:
         check_keyword(name, factory, option, beside)
+        check_kind(name, factory, option, options[option])
     checked = {option: check_value(name, option, value) for option, value in options.items()}
     if checked.get("fused") and checked.get("foreach"):
         raise ValueError(f"{name}: fused and foreach are two ways to do the same; received True for both")

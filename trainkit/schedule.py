@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Callable, Mapping
 from operator import is_
 from typing import Any
@@ -22,8 +23,9 @@ from .shapes import linear as linear, locate as locate, path_of, piecewise as pi
 from .shapes import register as register, register_scheduler as register_scheduler, step as step, unknown, wsd as wsd
 
 # %% auto #0
-__all__ = ['STATE', 'finite', 'Knob', 'place_of', 'GroupValues', 'OptionKnob', 'AttributeKnob', 'BoundCurve', 'WrittenCurve',
-           'MovingCurve', 'Overridable', 'plain_options', 'check_place', 'Savable', 'Shown', 'Schedule']
+__all__ = ['MORE', 'LESS', 'STATE', 'finite', 'Knob', 'place_of', 'GroupValues', 'OptionKnob', 'AttributeKnob', 'best_mode',
+           'BoundCurve', 'WrittenCurve', 'MovingCurve', 'Overridable', 'plain_options', 'check_place', 'Savable',
+           'Shown', 'Schedule']
 
 # %% ../nbs/14_schedule.ipynb #9d063014
 def finite(value: object, what: str) -> float:
@@ -95,7 +97,7 @@ def place_of(group: Mapping[str, Any], option: str) -> tuple[str, int | None]:
     return option, None
 
 # %% ../nbs/14_schedule.ipynb #3b7ddb44
-_HIGH = {"beta1": 1.0, "beta2": 1.0}  # a memory of 1 never takes anything in
+_HIGH = {"beta1": 1.0, "beta2": 1.0, "momentum": 1.0}  # a memory of 1 never takes anything in
 _LOW = ("lr", "weight_decay", "momentum", "beta1", "beta2", "eps")
 
 
@@ -194,6 +196,17 @@ class AttributeKnob(Knob):
             setattr(self.holder, self.name, value)
 
 # %% ../nbs/14_schedule.ipynb #444a2e94
+MORE = {"acc", "accuracy", "auc", "auroc", "score", "psnr", "ssim", "sdr", "snr", "f1", "iou", "dice", "precision", "recall",
+        "r2", "corr", "map", "ndcg", "bleu", "kappa", "mcc", "stoi", "pesq", "jaccard", "top1", "top5"}  # fmt: skip
+LESS = {"loss", "error", "err", "mse", "mae", "rmse", "mape", "wape", "smape", "nll", "perplexity", "fid", "kid", "huber"}
+
+
+def best_mode(monitor: str) -> str:
+    "Whether 'min' or 'max' of a series is best, by the words of its name; '' when they don't tell."
+    words = re.split(r"[^a-z0-9]+", monitor.rsplit("/", 1)[-1].lower())
+    return "min" if LESS & {*words} else "max" if MORE & {*words} else ""
+
+# %% ../nbs/14_schedule.ipynb #b07d1b9f
 class BoundCurve(PlannedCurve):
     "A curve that writes the values of a knob."
 
@@ -240,7 +253,7 @@ class BoundCurve(PlannedCurve):
             raise AttributeError(f"{self.knob.name} belongs to no optimizer")
         return self.knob.optimizer
 
-# %% ../nbs/14_schedule.ipynb #644a3c6d
+# %% ../nbs/14_schedule.ipynb #5655fcc8
 class WrittenCurve(BoundCurve):
     "A bound curve that can write its values, with a hand laid over it or not."
 
@@ -251,8 +264,19 @@ class WrittenCurve(BoundCurve):
         times = self.overridden.get("times")
         return (0.0, self.overridden["value"]) if times is None else (times * line[0], times * line[1])
 
+    def _stays_0(self, bases: list[float]) -> bool:
+        "Does a group with a base of 0 stay there, while the others go `to` a value?"
+        held = self.overridden is not None and "value" in self.overridden
+        return self.to is not None and not held and isinstance(self.knob, GroupValues) and any(bases)
+
+    def _spread(self, line: tuple[float, float], bases: list[float]) -> list[float]:
+        "The value of each place, from its base."
+        if line[1] and self._stays_0(bases):
+            return [base and base * line[0] + line[1] for base in bases]
+        return [base * line[0] + line[1] for base in bases]
+
     def _values(self, line: tuple[float, float], bases: list[float], update: int) -> list[float]:
-        values, low, high = [base * line[0] + line[1] for base in bases], self.knob.low, self.knob.high
+        values, low, high = self._spread(line, bases), self.knob.low, self.knob.high
         for value in values:
             if not low <= value < high or value == -math.inf:
                 self.knob.check(value, f"the value at {self.by} {update}")
@@ -296,8 +320,8 @@ class MovingCurve(WrittenCurve):
         self._write(self._over(self.line(self.update) if planned else (1.0, 0.0)), self.update)
 
     def _check_ahead(self) -> None:
-        "Where a knob has an upper bound, look at a hundred of the values to come."
-        if self.knob.high < math.inf and self._planned():
+        "Where a knob has bounds, look at a hundred of the values to come."
+        if (self.knob.low > -math.inf or self.knob.high < math.inf) and self._planned():
             stop, bases = max(self.total or 0, self.update + self.warmup_updates), self._first_bases()
             for update in {*range(self.update, stop, max(1, (stop - self.update) // 100)), stop}:
                 self._values(self._over(self.line(update)), bases, update)
@@ -403,6 +427,11 @@ class Shown(Savable):
         "Take a new value of the monitored series; a curve goes by none."
 
     @property
+    def heard(self) -> bool:
+        "Has it been told a value of the series it goes by? A curve goes by none, and misses nothing."
+        return True
+
+    @property
     def lr(self) -> list[float]:
         "The values of now: one for each parameter group."
         return self.knob.read()
@@ -419,8 +448,9 @@ class Shown(Savable):
 
     def values(self, n: int | None = None) -> dict[str, list[float]]:
         "What the curve will write in the first `n` units, or in all of them, by place. Nothing is changed."
-        lines = [self.line(update) for update in range(self._known_total() if n is None else n)]
-        return {label: [base * a + b for a, b in lines] for label, base in zip(self.knob.labels, self._first_bases())}
+        bases = self._first_bases()
+        rows = [self._spread(self.line(update), bases) for update in range(self._known_total() if n is None else n)]
+        return {label: [row[i] for row in rows] for i, label in enumerate(self.knob.labels)}
 
 # %% ../nbs/14_schedule.ipynb #9d6717c8
 class Schedule(Shown):

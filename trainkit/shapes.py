@@ -12,15 +12,18 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any, TypeVar
+from itertools import pairwise
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # %% auto #0
-__all__ = ['PLUGINS', 'constant', 'linear', 'cosine', 'cosine_restarts', 'polynomial', 'wsd', 'inverse_sqrt', 'exponential',
-           'step', 'piecewise', 'one_cycle', 'one_cycle_momentum', 'unknown', 'path_of', 'locate', 'key_of', 'register',
-           'plugins', 'plugin', 'register_scheduler', 'find_scheduler', 'draw_schedules']
+__all__ = ['POSITIVE', 'NOT_NEGATIVE', 'PART', 'FACTOR', 'RANGES', 'PLUGINS', 'constant', 'linear', 'cosine', 'cosine_restarts',
+           'polynomial', 'wsd', 'inverse_sqrt', 'exponential', 'step', 'piecewise', 'one_cycle', 'one_cycle_momentum',
+           'Range', 'is_real', 'number', 'whole', 'listing', 'check_ranges', 'unknown', 'path_of', 'locate', 'key_of',
+           'register', 'plugins', 'plugin', 'register_scheduler', 'find_scheduler', 'draw_schedules']
 
 # %% ../nbs/13_shapes.ipynb #eced7936
 def constant(update: float, total: float | None = None) -> float:
@@ -106,6 +109,73 @@ def one_cycle_momentum(
     "The mirror of `one_cycle`: from 1 down to `low` while the rate rises, and up again."
     up, done = _way(update, total, pct_start, anneal)
     return 1 - (1 - low) * (done if up else 1 - done)
+
+# %% ../nbs/13_shapes.ipynb #bd7531b2
+class Range(NamedTuple):
+    "Which values of an option make sense."
+
+    accepted: str  # in words
+    fits: Callable[[Any], bool]  # does a value?
+
+    def check(self, owner: str, option: str, value: Any) -> None:
+        "ValueError that names the option and what is accepted when a value doesn't fit."
+        if not self.fits(value):
+            raise ValueError(f"{owner}: {option} must be {self.accepted}; received {value!r:.80}")
+
+
+def is_real(value: Any) -> bool:
+    "Is it a finite number?"
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def number(words: str, fits: Callable[[Any], bool]) -> Range:
+    "Finite numbers of which something is true."
+    return Range(f"a number {words}", lambda value: is_real(value) and fits(value))
+
+
+def whole(least: int) -> Range:
+    "Whole numbers from `least` on."
+    return Range(f"a whole number >= {least}",
+                 lambda value: isinstance(value, Integral) and not isinstance(value, bool) and value >= least)  # fmt: skip
+
+
+def listing(words: str, each: Range, rising: bool = False) -> Range:
+    "Lists of values that each fit, in rising order if need be."
+
+    def fits(value: Any) -> bool:
+        good = isinstance(value, (list, tuple)) and all(map(each.fits, value))
+        return good and not (rising and any(a >= b for a, b in pairwise(value)))
+
+    return Range(f"a list of {words}", fits)
+
+# %% ../nbs/13_shapes.ipynb #26404ab4
+POSITIVE, NOT_NEGATIVE = number("> 0", lambda v: v > 0), number(">= 0", lambda v: v >= 0)
+PART, FACTOR = number("0 <= x <= 1", lambda v: 0 <= v <= 1), number("0 < x <= 1", lambda v: 0 < v <= 1)
+_CYCLE = {"pct_start": PART, "anneal": Range("'cosine' or 'linear'", lambda v: v in ("cosine", "linear"))}
+RANGES: dict[Callable[..., Any], dict[str, Range]] = {  # of the options of each shape
+    cosine_restarts: {"cycles": whole(1)},
+    polynomial: {"power": POSITIVE},
+    wsd: {"decay": FACTOR},
+    inverse_sqrt: {"timescale": POSITIVE},
+    exponential: {"gamma": FACTOR},
+    step: {"every": whole(1), "gamma": FACTOR},
+    piecewise: {"boundaries": listing("rising numbers >= 0", NOT_NEGATIVE, rising=True),
+                "values": listing("multipliers >= 0", NOT_NEGATIVE)},
+    one_cycle: {**_CYCLE, "div": number(">= 1", lambda v: v >= 1), "final_div": POSITIVE},
+    one_cycle_momentum: {**_CYCLE, "low": PART},
+}  # fmt: skip
+
+
+def check_ranges(name: str, shape: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    "ValueError for an option of one of these shapes that is not in its range; of others nothing is known."
+    if isinstance(shape, partial):
+        return check_ranges(name, shape.func, {**shape.keywords, **options})
+    ranges = next((found for fn, found in RANGES.items() if fn is shape), {})
+    for option in ranges.keys() & options.keys():
+        ranges[option].check(f"scheduler {name!r}", option, options[option])
+    if shape is piecewise and len(options.get("values", ())) != len(options.get("boundaries", ())) + 1:
+        raise ValueError(f"scheduler {name!r}: values must be one more than boundaries; received {options['values']} for the "
+                         f"boundaries {options['boundaries']}")  # fmt: skip
 
 # %% ../nbs/13_shapes.ipynb #54250060
 def unknown(

@@ -309,6 +309,8 @@ class Save(Scored):
         self.history.mark("checkpoint", self.step, note, id=entry.id)
         self.history.flush()
         self.parent = entry.id
+        if self.state != "training":  # a fit keeps it locked until it ends
+            self._store().unlock()
         return entry
 
 # %% ../nbs/25_state.ipynb #d72ef5bb
@@ -398,10 +400,11 @@ class AutoSave(Callback):
                 learn.save(background=True)
                 self.saved = learn.step
             except (CheckpointError, OSError) as error:
+                self.saved = learn.step  # it is said once
                 warnings.warn(f"no checkpoint at step {learn.step}, training goes on: {error}", stacklevel=2)
 
     def _tell(self, learn: Restore, wait: bool = False) -> None:
-        if learn.checkpoints is not None and (error := learn.checkpoints.problem(wait)):
+        while learn.checkpoints is not None and (error := learn.checkpoints.problem(wait)):
             warnings.warn(f"a checkpoint is missing, training goes on: {error}", stacklevel=3)
 
     def __repr__(self) -> str:

@@ -224,20 +224,26 @@ class Background:
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._done = threading.Event()
-        self._error: Exception | None = None
+        self._errors: list[Exception] = []
 
     def start(self, job: Callable[[], Any]) -> None:
         "Wait for the job before, then run this one."
         self.wait()
         self._done.clear()
         self._thread = threading.Thread(target=self._run, args=(job,), name="trainkit-checkpoint")
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException as error:
+            self._thread = None
+            if isinstance(error, RuntimeError):  # no thread can be had: write here
+                return self._run(job)
+            raise
 
     def _run(self, job: Callable[[], Any]) -> None:
         try:
             job()
         except Exception as error:  # told to whoever asks
-            self._error = error
+            self._errors.append(error)
         finally:
             self._done.set()
 
@@ -245,12 +251,12 @@ class Background:
         "Until nothing is running; does nothing inside the job itself."
         if self._thread is not None and self._thread is not threading.current_thread():
             self._done.wait()  # a join that is interrupted takes the thread for dead, up to Python 3.12
+            self._thread.join(1)
             self._thread = None
 
     def problem(self) -> Exception | None:
-        "What the last job failed with, told once."
-        error, self._error = self._error, None
-        return error
+        "What a job failed with, told once; the oldest first."
+        return self._errors.pop(0) if self._errors else None
 
 # %% ../nbs/22a_storage.ipynb #de0de59c
 FORMAT = 1

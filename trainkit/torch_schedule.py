@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,13 +17,14 @@ from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
 from .curve import check_count, check_options, check_warmup
-from .schedule import STATE, Knob, OptionKnob, Schedule, check_place, plain_options
-from .shapes import find_scheduler
+from .schedule import STATE, Knob, OptionKnob, Schedule, best_mode, check_place, plain_options
+from .shapes import FACTOR, NOT_NEGATIVE, PART, POSITIVE, Range, find_scheduler, listing, unknown, whole
 
 # %% auto #0
-__all__ = ['LENGTHS', 'Shadow', 'shadow_of', 'torch_schedulers', 'takes_optimizer', 'find_any', 'length_option', 'length_of',
-           'plain_state', 'like', 'Shadowed', 'plain_free', 'run_options', 'check_torch', 'BoundTorch', 'TorchCurve',
-           'MovingTorch', 'TorchSchedule', 'PlateauSchedule', 'plan_of', 'make_schedule', 'TrialKnob', 'check_schedule']
+__all__ = ['LENGTHS', 'TORCH_RANGES', 'Shadow', 'shadow_of', 'torch_schedulers', 'takes_optimizer', 'find_any', 'length_option',
+           'length_of', 'plain_state', 'like', 'Shadowed', 'plain_free', 'check_torch_ranges', 'run_options',
+           'cycles_momentum', 'check_torch', 'MadeTorch', 'BoundTorch', 'TorchCurve', 'MovingTorch', 'TorchSchedule',
+           'Following', 'PlateauSchedule', 'plan_of', 'make_schedule', 'TrialKnob', 'check_schedule']
 
 # %% ../nbs/15_torch_schedule.ipynb #c36e4ebe
 class Shadow(Optimizer):
@@ -139,8 +140,9 @@ class Shadowed:
         self.name, self.shadow = name, shadow
         try:
             self.scheduler = factory(shadow, **options)
-        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"scheduler {name!r} can't be made: {error}") from error
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            said = ", ".join(f"{k}={v!r:.60}" for k, v in options.items())
+            raise ValueError(f"scheduler {name!r} can't be made: {error}{f' (received {said})' if said else ''}") from error
         if not isinstance(self.scheduler, LRScheduler):
             raise TypeError(f"{name} must make one of torch's schedulers from the optimizer (or be a shape, a function of "
                             f"update and total); it made {self.scheduler!r:.80}")  # fmt: skip
@@ -172,14 +174,49 @@ def plain_free(state: dict[str, Any]) -> dict[str, Any]:
     return {k: [*v] if isinstance(v, list) else v for k, v in state.items()}
 
 # %% ../nbs/15_torch_schedule.ipynb #543d2932
-def run_options(factory: Callable[..., Any], options: Mapping[str, Any], bases: list[float], left: int | None) -> dict[str, Any]:
-    "The options of a scheduler with those that it takes from the run."
+_COUNTS = ("T_max", "T_0", "T_mult", "step_size", "step_size_up", "step_size_down", "total_iters", "total_steps", "epochs",
+           "steps_per_epoch")  # fmt: skip
+_RATES = Range("a number >= 0, or a list of them",
+               lambda v: isinstance(v, Tensor) or NOT_NEGATIVE.fits(v) or listing("", NOT_NEGATIVE).fits(v))  # fmt: skip
+TORCH_RANGES: dict[str, Range] = {  # of the options of torch's own schedulers, wherever they have them
+    **dict.fromkeys(_COUNTS, whole(1)),
+    **dict.fromkeys(("patience", "cooldown"), whole(0)),
+    **dict.fromkeys(("gamma", "power", "div_factor", "final_div_factor"), POSITIVE),
+    **dict.fromkeys(("eta_min", "threshold", "eps"), NOT_NEGATIVE),
+    **dict.fromkeys(("min_lr", "max_lr", "base_lr"), _RATES),
+    **dict.fromkeys(("factor", "end_factor", "pct_start"), PART),
+    "start_factor": FACTOR,
+    "milestones": listing("whole numbers >= 0", whole(0)),
+}
+
+
+def check_torch_ranges(name: str, factory: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    "ValueError for an option of one of torch's schedulers that is not in its range; None is torch's own business."
+    if isinstance(factory, type) and issubclass(factory, tuple(torch_schedulers().values())):
+        for option, value in options.items():
+            if option in TORCH_RANGES and value is not None:
+                TORCH_RANGES[option].check(f"scheduler {name!r}", option, value)
+
+# %% ../nbs/15_torch_schedule.ipynb #5925d71c
+def run_options(
+    factory: Callable[..., Any], options: Mapping[str, Any], bases: list[float], left: int | None, cycles: bool = True
+) -> dict[str, Any]:
+    "The options of a scheduler with those that it takes from the run; `cycles`: is there a momentum to cycle?"
     taken: dict[str, Any] = {}
     if length := length_option(factory, options):
         taken[length] = left
     if isinstance(factory, type) and issubclass(factory, lr_scheduler.OneCycleLR) and "max_lr" not in options:
         taken["max_lr"] = bases
+    if not cycles and isinstance(factory, type) and issubclass(factory, (lr_scheduler.OneCycleLR, lr_scheduler.CyclicLR)):
+        taken |= {} if "cycle_momentum" in options else {"cycle_momentum": False}
     return {**options, **taken}
+
+
+def cycles_momentum(name: str | Callable[..., Any], options: Mapping[str, Any]) -> bool:
+    "Is it a scheduler of torch's that moves the momentum together with the rate?"
+    found = find_any(name)[1]
+    kinds = (lr_scheduler.OneCycleLR, lr_scheduler.CyclicLR)
+    return isinstance(found, type) and issubclass(found, kinds) and bool(options.get("cycle_momentum", True))
 
 
 def check_torch(name: str, factory: Callable[..., Any], options: Mapping[str, Any]) -> None:
@@ -191,13 +228,37 @@ def check_torch(name: str, factory: Callable[..., Any], options: Mapping[str, An
                          "takes the optimizer and makes it")  # fmt: skip
     if "last_epoch" in options:
         raise TypeError(f"scheduler {name!r}: where it is, is told by its state; received last_epoch={options['last_epoch']!r}")
-    check_options(name, factory, run_options(factory, options, [0.1], 1), given=1)
+    check_options(name, factory, run_options(factory, options, [0.1], 1), given=1, hide=("last_epoch",))
+    check_torch_ranges(name, factory, options)
 
 # %% ../nbs/15_torch_schedule.ipynb #54cbafb5
-class BoundTorch(Schedule):
-    "A scheduler of torch's, and the knob that it is to move."
+class MadeTorch(Schedule):
+    "A scheduler of torch's that is made for a knob, over again whenever its length changes."
 
+    _factory: Callable[..., Any]
     _made: Shadowed | None = None  # there once the length is known, if it has to be
+
+    @property
+    def needs_total(self) -> bool:
+        "Does the scheduler, or its warm-up, depend on the length of the run?"
+        return length_option(self._factory, self.options) is not None or super().needs_total
+
+    def _planned(self) -> bool:
+        return self._made is not None
+
+    def _make(self, total: int | None, warmup: int | float, options: Mapping[str, Any], bases: list[float]) -> Shadowed:
+        waits = 0 if total is None else warmup if isinstance(warmup, int) else min(round(warmup * total), total - 1)
+        shadow = shadow_of(self.knob, bases)
+        cycles = "momentum" in shadow.defaults or "betas" in shadow.defaults
+        taken = run_options(self._factory, options, bases, None if total is None else total - waits, cycles)
+        return Shadowed(self.name, self._factory, shadow, taken)
+
+    def _fresh(self, total: int | None) -> Shadowed:
+        return self._make(total, self.warmup, self.options, self._first_bases())
+
+# %% ../nbs/15_torch_schedule.ipynb #730d0def
+class BoundTorch(MadeTorch):
+    "A scheduler of torch's, and the knob that it is to move."
 
     def __init__(
         self,
@@ -215,29 +276,28 @@ class BoundTorch(Schedule):
         check_torch(name, self._factory, options)
         super().__init__(knob, "constant", total, warmup, by=by)
         self.name, self.options = name, options
+        self._run_through(self.total)
         if self.total is not None or not self.needs_total:
             self._lay_over(self.total)
-        else:
-            self._fresh(1000 + int(self.warmup))  # what is wrong with it shows with any length
-
-    @property
-    def needs_total(self) -> bool:
-        "Does the scheduler, or its warm-up, depend on the length of the run?"
-        return length_option(self._factory, self.options) is not None or super().needs_total
-
-    def _planned(self) -> bool:
-        return self._made is not None
-
-    def _make(self, total: int | None, warmup: int | float, options: Mapping[str, Any], bases: list[float]) -> Shadowed:
-        waits = 0 if total is None else warmup if isinstance(warmup, int) else min(round(warmup * total), total - 1)
-        taken = run_options(self._factory, options, bases, None if total is None else total - waits)
-        return Shadowed(self.name, self._factory, shadow_of(self.knob, bases), taken)
-
-    def _fresh(self, total: int | None) -> Shadowed:
-        return self._make(total, self.warmup, self.options, self._first_bases())
 
     def _lay_over(self, total: int | None) -> None:
         self._become({"total": total, "_made": self._fresh(total)})
+
+    def _run_through(self, total: int | None) -> None:
+        "ValueError when the scheduler fails on its way, or gives what the knob can't take; tried for up to 1000 units."
+        usual = 1000 if self.by in ("update", "step") else 100
+        made = self._fresh(total or (usual + int(self.warmup) if self.needs_total else None))
+        left = usual if total is None else total - self._warmup_of(total)
+        for update in range(int(min(made.length, usual, left))):
+            try:
+                self._trial(made)
+            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+                raise ValueError(f"scheduler {self.name!r} failed {self._where(update + 1, total)}: {error}") from error
+            for rate in made.rates():
+                self.knob.check(rate, f"what scheduler {self.name!r} gives {self._where(update + 1, total)}")
+
+    def _trial(self, made: Shadowed) -> None:
+        made.scheduler.step()
 
 # %% ../nbs/15_torch_schedule.ipynb #e9111d7e
 class TorchCurve(BoundTorch):
@@ -312,7 +372,7 @@ class MovingTorch(TorchCurve):
     def check_total(self, total: int) -> None:
         "ValueError when the scheduler can't be laid over so many units."
         super().check_total(total)
-        self._fresh(total)
+        self._run_through(total)
 
     def restart(self, total: int) -> None:
         "Begin anew; a scheduler that takes its length from the run has the next `total` units."
@@ -357,7 +417,29 @@ class TorchSchedule(MovingTorch):
         self._become({**found, "update": update, "bases": bases, "overridden": dict(state["overridden"] or {}) or None})
 
 # %% ../nbs/15_torch_schedule.ipynb #4571acff
-class PlateauSchedule(TorchSchedule):
+class Following(TorchSchedule):
+    "A scheduler of torch's that moves when a series of the history says something."
+
+    def _make(self, total: int | None, warmup: int | float, options: Mapping[str, Any], bases: list[float]) -> Shadowed:
+        return super()._make(total, warmup, {"mode": best_mode(self.monitor), **options}, bases)
+
+    def _step(self, made: Shadowed) -> None:
+        "Nothing moves without a value."
+
+    def _trial(self, made: Shadowed) -> None:
+        made.scheduler.step(1.0)
+
+    @property
+    def heard(self) -> bool:
+        "Has it been told a value of its series?"
+        return self._made is not None and self._made.scheduler.last_epoch > 0
+
+    def unheard(self, names: Iterable[str]) -> str:
+        "What to say when the series is not among the names that are recorded."
+        return f"scheduler {self.name!r} of {self.knob.name}: " + unknown("monitor", self.monitor, names)
+
+# %% ../nbs/15_torch_schedule.ipynb #d5e2fd52
+class PlateauSchedule(Following):
     "`ReduceLROnPlateau` on a shadow: lower the value when a series gets no better."
 
     def __init__(
@@ -369,18 +451,17 @@ class PlateauSchedule(TorchSchedule):
         *,
         monitor: str | None = None,  # the series of the history: "valid/loss"
         by: str = "metric",  # what the warm-up counts: values of the series, or "update", "step", "epoch"
-        **options: Any,  # of the scheduler: mode, factor, patience …
+        **options: Any,  # of the scheduler: factor, patience …; mode ("min" or "max") where the name doesn't tell it
     ):
         if not isinstance(monitor, str) or not monitor:
             raise ValueError("plateau must know which series of the history to follow: monitor='valid/loss'; "
                              f"received {monitor!r}")  # fmt: skip
         if by == "metric" and isinstance(warmup, float) and warmup > 0:
             raise ValueError(f"plateau: a warm-up of {warmup} has no whole to be a part of; give a number, or by='update'")
+        if "mode" not in options and not best_mode(monitor):
+            raise ValueError(f"plateau: is more of monitor={monitor!r} better, or less? Say mode='max' or mode='min'")
         self.monitor = monitor
         super().__init__(knob, scheduler, total, warmup, by=by, **options)
-
-    def _step(self, made: Shadowed) -> None:
-        "Nothing moves without a value."
 
     def observe(self, value: float) -> None:
         "Take a new value of the series and set the values of the next unit."

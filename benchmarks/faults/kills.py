@@ -15,9 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import trainkit.checkpoint
 import trainkit.history
-from trainkit.checkpoint import CheckpointError, Checkpoints
+import trainkit.storage
+from trainkit.checkpoint import CheckpointError, Checkpoints, read_checkpoint
 from trainkit.history import History
 from trainkit.learner import Learner
 
@@ -124,7 +124,7 @@ def _watch(run: str, die_at: int) -> list[int]:
 
     sys.addaudithook(hook)
     os.fsync = synced
-    trainkit.checkpoint.open = trainkit.history.open = opened  # type: ignore[attr-defined]
+    trainkit.storage.open = trainkit.history.open = opened  # type: ignore[attr-defined]
     return done
 
 
@@ -195,7 +195,7 @@ def _finish(run: Path, promised: int, reference: Reference) -> None:
 
 def digest_of(entry: Any) -> str:
     "The digest of what a checkpoint holds."
-    return digest(trainkit.checkpoint.read_checkpoint(entry.path)["state"])
+    return digest(read_checkpoint(entry.path)["state"])
 
 
 def at_random(n: int, folder: Path, nursery: Nursery, seed: int = 0, subjects: tuple[str, ...] = ("supervised", "adversarial"),
@@ -219,7 +219,7 @@ def _killed_run(run: Path, reference: Reference, rng: random.Random, most: int, 
     while kills < max(1, min(8, most)) and not ended:
         with row.attempt(f"{reference.subject}, {run.name}, kill {kills + 1}"):
             child = reference.nursery.start("kills", "life", run=str(run), subject=reference.subject, keep=2, **LIFE)
-            time.sleep(rng.uniform(0, reference.seconds / 3))
+            time.sleep(rng.uniform(0, reference.seconds / 2))
             if row.tries % 2:
                 _wait_for_writing(run, reference.seconds)
             if ended := not child.kill():

@@ -34,19 +34,19 @@ class Child:
     def wait(self, seconds: float = 60) -> int:
         "Its exit status, as `subprocess` gives it; one that hangs is killed, and that is a TimeoutError."
         end, pause = time.monotonic() + seconds, 0.0005
-        while self.status is None and (status := self.nursery.ask("poll", pid=self.pid)) is None:
-            if time.monotonic() > end:
+        while self.status is None:
+            self.status = self.nursery.ask("poll", pid=self.pid)
+            if self.status is None and time.monotonic() > end:
                 os.kill(self.pid, signal.SIGKILL)
                 self.status = self.nursery.ask("wait", pid=self.pid)
                 raise TimeoutError(f"a process was still running after {seconds} seconds; it told {self.told()[-3:]}")
             time.sleep(pause := min(2 * pause, 0.02))
-        self.status = status if self.status is None else self.status
         return self.status
 
     def done(self, seconds: float = 60) -> list[dict[str, Any]]:
         "What it told, once it has ended well."
         status = self.wait(seconds)
-        assert status == 0, f"a process ended with {status}; it told {self.told()[-3:]}"
+        assert status == 0, f"a process ended with {status}; it told {str(self.told()[-3:])[-700:]}"
         return self.told()
 
     def told(self) -> list[dict[str, Any]]:
@@ -65,6 +65,7 @@ class Nursery:
                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
         self.folder, self.born = folder, 0
         folder.mkdir(parents=True, exist_ok=True)
+        self.ask("ready")
 
     def ask(self, what: str, **kw: Any) -> Any:
         "A question to the server, and its answer."
@@ -138,6 +139,6 @@ def serve() -> None:
         if what == "fork":
             if (answer := os.fork()) == 0:
                 _live(**request)
-        else:
+        elif what != "ready":
             answer = _status(request["pid"], os.WNOHANG if what == "poll" else 0)
         print(json.dumps(answer), flush=True)

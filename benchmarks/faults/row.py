@@ -24,7 +24,7 @@ class Row:
         except Exception as error:
             last = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{Path(last.filename).name}:{last.lineno}"
-            self.failures.append(f"{what}: {type(error).__name__} at {place}: {' '.join(str(error).split())[:500]}")
+            self.failures.append(f"{what}: {type(error).__name__} at {place}: {' '.join(str(error).split())[-900:]}")
 
     def check(self) -> None:
         "AssertionError that lists the failures."

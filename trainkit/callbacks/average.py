@@ -20,16 +20,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn, update_bn
 from torch.utils.data import DataLoader
 
-from .clip import OnPlayers, positive
+from .clip import OnPlayers, flag, positive
 from ..data import EpochStart
 from ..device import evaluating, to_device
 from ..knobs import Number
 from ..player import Player, unwrapped
+from ..schedule import Schedule
 
 # %% auto #0
 __all__ = ['weights_of', 'own_copy', 'fold_in', 'Averages', 'Gathering', 'Average', 'check_one_average', 'whole', 'EMA',
            'has_batch_norm', 'anew', 'Through', 'recompute_batch_norm', 'check_start', 'LastEpochs', 'gone_over',
-           'HeldRate', 'BatchNormAnew', 'SWA']
+           'bare_rates', 'under_hand', 'HeldRate', 'BatchNormAnew', 'SWA']
 
 # %% ../../nbs/31_average.ipynb #b844f37e
 def weights_of(player: Player) -> dict[str, Tensor]:
@@ -131,9 +132,7 @@ class Average(Gathering):
 
     def __init__(self, player: str | None, evaluate: bool):
         super().__init__(player)
-        if not isinstance(evaluate, bool):
-            raise TypeError(f"{type(self).__name__}(evaluate=…) takes True or False; received {evaluate!r}")
-        self.evaluate = evaluate
+        self.evaluate = flag(f"{type(self).__name__}(evaluate=…)", evaluate)
         self._aside: list[tuple[Tensor, Tensor]] = []  # while averages are in their place: weights and their own data
 
     def setup(self, learn: Any) -> None:
@@ -204,7 +203,7 @@ class EMA(Average):
         evaluate: bool = True,  # put the averages in the weights' place in validation, tests, predictions and samples
     ):
         super().__init__(player, evaluate)
-        self.decay, self.warmup = decay, warmup
+        self.decay, self.warmup = decay, flag("EMA(warmup=…)", warmup)
         self.every, self.start = whole("EMA(every=…)", every, 1), whole("EMA(start=…)", start, 0)
 
     def after_step(self, learn: Any) -> None:
@@ -312,6 +311,22 @@ def gone_over(
     return (1 - math.cos(math.pi * min(1.0, epoch / anneal))) / 2 if anneal else 1.0
 
 # %% ../../nbs/31_average.ipynb #4dafe58c
+def bare_rates(schedule: Schedule) -> list[float]:
+    "The values of a schedule without the hand that may lie over it."
+    if not (hand := schedule.overridden):
+        return schedule.knob.read()
+    schedule.release()
+    rates = schedule.knob.read()
+    schedule.override(**hand)
+    return rates
+
+
+def under_hand(schedule: Schedule, rates: list[float]) -> list[float]:
+    "Other values for it, with the same hand over them."
+    hand = schedule.overridden or {}
+    return [hand["value"] if "value" in hand else hand.get("times", 1.0) * rate for rate in rates]
+
+# %% ../../nbs/31_average.ipynb #d8dca414
 class HeldRate(LastEpochs):
     "The last epochs at a learning rate of their own."
 
@@ -319,30 +334,34 @@ class HeldRate(LastEpochs):
         super().__init__(start, player, evaluate)
         self.lr = None if lr is None else positive("SWA(lr)", lr)
         self.anneal = whole("SWA(anneal=…)", anneal, 0)
-        self.bases: dict[str, float] = {}  # per player, the learning rate before
-        self._held: dict[str, float] = {}  # per player, the rate that was put over its schedule
+        self.bases: dict[str, list[float]] = {}  # per player, the learning rates of its groups before
+
+    def _epoch(self, learn: Any) -> int:
+        "The number of the averaged epoch, from 1; 0 where there is nothing to hold."
+        return 0 if self.lr is None or self.first is None else max(0, learn.epoch + 1 - self.first)
 
     def before_epoch(self, learn: Any) -> None:
-        epoch = learn.epoch + 1 - (self.first or 0)
-        if self.lr is None or epoch < 1:
-            return
-        share = gone_over(epoch, self.anneal)
-        for player in self.players(learn):
-            base = self.bases.setdefault(player.name, player.opt.param_groups[0]["lr"])
-            self._held[player.name] = share * self.lr + (1 - share) * base
-            player.schedule.override(value=self._held[player.name])
+        for player in self.players(learn) if self._epoch(learn) else ():
+            if player.name not in self.bases:
+                self.bases[player.name] = bare_rates(player.schedule)
 
-    def cleanup_fit(self, learn: Any) -> None:
-        for player in self.players(learn):
-            if player.name in self._held and player.schedule.overridden == {"value": self._held.pop(player.name)}:
-                player.schedule.release()
+    def before_turn(self, learn: Any) -> None:
+        player, epoch = learn.player, self._epoch(learn)
+        if self.lr is not None and epoch and self.acts_on(player):
+            share = gone_over(epoch, self.anneal)
+            rates = [share * self.lr + (1 - share) * base for base in self.bases[player.name]]
+            player.schedule.knob.write(under_hand(player.schedule, rates))
+
+    def cleanup_turn(self, learn: Any) -> None:
+        if self._epoch(learn) and self.acts_on(learn.player):
+            learn.player.schedule.apply()
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "bases": dict(self.bases)}
+        return {**super().state_dict(), "bases": {name: [*rates] for name, rates in self.bases.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.bases = dict(state["bases"])
+        self.bases = {name: [*rates] for name, rates in state["bases"].items()}
 
 # %% ../../nbs/31_average.ipynb #e17a1dd3
 class BatchNormAnew(HeldRate):
@@ -398,6 +417,10 @@ class SWA(BatchNormAnew):
         evaluate: bool = True,  # put the averages in the weights' place in evaluations once the fit is finished
     ):
         super().__init__(start, lr, player, anneal, evaluate)
+        if loader is not None and (isinstance(loader, str) or not isinstance(loader, Iterable)):
+            raise TypeError(f"SWA(loader=…) takes batches that can be gone through, or None; received {loader!r:.80}")
+        if forward is not None and not callable(forward):
+            raise TypeError(f"SWA(forward=…) takes a function (learn, batch), or None; received {forward!r:.80}")
         self.loader, self.run = loader, forward
 
     def before_fit(self, learn: Any) -> None:

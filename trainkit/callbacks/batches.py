@@ -21,7 +21,7 @@ from ..knobs import Adjustable, Number
 
 # %% auto #0
 __all__ = ['exchange', 'change_batch', 'probabilities', 'OnTargets', 'LabelSmoothing', 'LabelNoise', 'draw_beta', 'mix', 'Mixing',
-           'MixUp', 'draw_box', 'CutMix', 'AuxLoss', 'InstanceNoise']
+           'MixUp', 'draw_box', 'CutMix', 'auxiliary', 'AuxLoss', 'InstanceNoise']
 
 # %% ../../nbs/34_batches.ipynb #7149fe02
 def exchange(
@@ -292,6 +292,16 @@ class CutMix(Mixing):
         self._share = 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / (height * width)
 
 # %% ../../nbs/34_batches.ipynb #de2ac79e
+def auxiliary(term: str, value: Any, player: str) -> Tensor:
+    "The value of a term, if it can be added to a player's loss; ValueError otherwise. Guards say whether it is finite."
+    if not isinstance(value, Tensor) or value.ndim:
+        raise ValueError(f"auxiliary loss {term!r} must be a scalar tensor; received {describe(value)}")
+    if not value.requires_grad:
+        raise ValueError(f"auxiliary loss {term!r} does not depend on any trainable parameter of player {player!r}: was it "
+                         "detached?")  # fmt: skip
+    return value
+
+# %% ../../nbs/34_batches.ipynb #ff23a2a9
 class AuxLoss(Adjustable):
     "Adds `weight · fn(learn)` to the loss of a player's turn."
 
@@ -309,7 +319,14 @@ class AuxLoss(Adjustable):
             raise TypeError(f"AuxLoss takes a function learner -> scalar tensor; received {fn!r}")
         if not isinstance(name, str) or not name or "/" in name or name == "loss":
             raise ValueError(f"a term's name is a non-empty string without '/', other than 'loss'; received {name!r}")
+        if not (player is None or isinstance(player, str)):
+            raise TypeError(f"AuxLoss: player is the name of one, or None for all; received {player!r}")
         self.fn, self.weight, self.term, self.player = fn, weight, name, player
+
+    @property
+    def name(self) -> str:
+        "With its term and its player, so that checkpoints find each in any order."
+        return " ".join(["aux_loss", *([self.term] if self.term != "auxiliary" else []), *([self.player] if self.player else [])])
 
     def setup(self, learn: Any) -> None:
         if self.player is not None:
@@ -320,21 +337,9 @@ class AuxLoss(Adjustable):
             return
         if self.term in learn.losses:
             raise ValueError(f"player {learn.player.name!r} has a term {self.term!r} already: AuxLoss(…, name=…) takes another")
-        value = self._checked(self.fn(learn), learn.player.name)
+        value = auxiliary(self.term, self.fn(learn), learn.player.name)
         learn.losses = {**learn.losses, self.term: value.detach()}
         learn.loss = learn.loss + self.weight * value
-
-    def _checked(self, value: Any, player: str) -> Tensor:
-        problem = ""
-        if not isinstance(value, Tensor) or value.ndim:
-            problem = f"must be a scalar tensor; received {describe(value)}"
-        elif not value.requires_grad:
-            problem = f"does not depend on any trainable parameter of player {player!r}: was it detached?"
-        elif not bool(value.isfinite()):
-            problem = f"is {value.item()}"
-        if problem:
-            raise ValueError(f"auxiliary loss {self.term!r} {problem}")
-        return value
 
     def __repr__(self) -> str:
         return f"AuxLoss({self.term!r}, weight={self.weight:g}{f', player={self.player!r}' if self.player else ''})"
@@ -350,6 +355,8 @@ class InstanceNoise(Adjustable):
         std: float = 0.1,  # of the noise
         player: str = "discriminator",  # whose modules get noisy inputs
     ):
+        if not isinstance(player, str):
+            raise TypeError(f"InstanceNoise: player is the name of one; received {player!r}")
         self.std, self.player, self._hooks = std, player, list[Any]()
 
     def setup(self, learn: Any) -> None:

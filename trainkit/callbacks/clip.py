@@ -17,8 +17,8 @@ from ..knobs import Adjustable, Number
 from ..player import Player
 
 # %% auto #0
-__all__ = ['positive', 'Positive', 'OnPlayers', 'ClipGradNorm', 'ClipGradValue', 'unit_norms', 'adaptive_clip_', 'pattern_of',
-           'matching', 'AdaptiveClip', 'AutoClip', 'bounds', 'ClampWeights']
+__all__ = ['positive', 'flag', 'Positive', 'OnPlayers', 'ClipGradNorm', 'ClipGradValue', 'unit_norms', 'adaptive_clip_',
+           'pattern_of', 'matching', 'AdaptiveClip', 'AutoClip', 'bounds', 'ClampWeights']
 
 # %% ../../nbs/30_clip.ipynb #f9b47e4b
 def positive(
@@ -34,11 +34,21 @@ def positive(
     return float(value)
 
 # %% ../../nbs/30_clip.ipynb #ee24505d
+def flag(
+    what: str,  # the argument, for the message
+    value: Any,  # what was received
+) -> bool:
+    "`value`, if it is True or False; TypeError otherwise."
+    if not isinstance(value, bool):
+        raise TypeError(f"{what} takes True or False; received {value!r}")
+    return value
+
+# %% ../../nbs/30_clip.ipynb #270cf90a
 class Positive(Number):
     "An attribute that is a number above 0; ValueError for anything else."
 
     def __init__(self, hint: str = "", infinite: bool = False):
-        super().__init__(0.0)
+        super().__init__(math.nextafter(0.0, 1.0))
         self.hint, self.infinite = hint, infinite
 
     def checked(self, value: Any, whose: str) -> float:
@@ -55,6 +65,11 @@ class OnPlayers(Adjustable):
         if not (player is None or isinstance(player, str)):
             raise TypeError(f"{type(self).__name__}(player=…) takes the name of a player, or None for all; received {player!r}")
         self.player = player
+
+    @property
+    def name(self) -> str:
+        "With its player's, so that checkpoints find each in any order."
+        return super().name + (f" {self.player}" if self.player else "")
 
     def players(self, learn: Any) -> list[Player]:
         "The players it acts on; ValueError when there is none of that name."
@@ -98,7 +113,8 @@ class ClipGradNorm(OnPlayers):
         error_if_nonfinite: bool = False,  # RuntimeError when the norm is NaN or infinite (waits for the device at each step)
     ):
         super().__init__(player)
-        self.max_norm, self.norm_type, self.error_if_nonfinite = max_norm, norm_type, error_if_nonfinite
+        self.max_norm, self.norm_type = max_norm, norm_type
+        self.error_if_nonfinite = flag("ClipGradNorm(error_if_nonfinite=…)", error_if_nonfinite)
 
     def setup(self, learn: Any) -> None:
         "ValueError for two of them on one player, and for an error that fp16 would raise in ordinary steps."

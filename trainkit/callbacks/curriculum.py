@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..callback import Callback
+from .clip import flag
 from .stopping import nearest, whole
 from ..player import Player, unwrapped
 
@@ -27,6 +28,8 @@ class Staged(Callback):
     def __init__(self, by: str, player: str | None):
         if by not in ("epoch", "step"):
             raise ValueError(f"{type(self).__name__}: by is 'epoch' or 'step'; received {by!r}")
+        if not (player is None or isinstance(player, str)):
+            raise TypeError(f"{type(self).__name__}: player is the name of one, or None for all; received {player!r}")
         self.by, self.player = by, player
         self._recorded: dict[str, float] = {}  # series -> its last value
 
@@ -130,6 +133,8 @@ def checked_plan(plan: Any) -> dict[int, list[str]]:
     found = {}
     for unit, patterns in sorted(plan.items(), key=lambda item: whole("Unfreeze", "each key", item[0], 0)):
         found[unit] = [patterns] if isinstance(patterns, str) or not isinstance(patterns, Iterable) else [*patterns]
+        if not found[unit]:
+            raise ValueError(f"Unfreeze: nothing becomes trainable at {unit}: give patterns of parameter names; received {plan!r}")
         for pattern in found[unit]:
             try:
                 re.compile(pattern)
@@ -169,7 +174,7 @@ class Thawing(Staged):
         player: str | None = None,  # whose parameters; None: every player's
     ):
         super().__init__(by, player)
-        self.plan, self.norms = checked_plan(plan), norms
+        self.plan, self.norms = checked_plan(plan), flag("Unfreeze(norms=…)", norms)
 
     def parameters(self, player: Player) -> dict[str, tuple[nn.Parameter, int]]:
         "The player's parameters that the plan names, each with its stage."
@@ -226,8 +231,8 @@ class Unfreeze(Thawing):
 
     def cleanup_fit(self, learn: Any) -> None:
         super().cleanup_fit(learn)
-        for p, _, flag in chain(*self.__dict__.pop("_flags", {}).values()):
-            p.requires_grad_(flag)
+        for p, _, trains in chain(*self.__dict__.pop("_flags", {}).values()):
+            p.requires_grad_(trains)
         self.__dict__.pop("_modes", None)  # the modes themselves are put back by fit, as those of all modules
 
     def __repr__(self) -> str:

@@ -25,7 +25,7 @@ from ..player import Player, unwrapped
 
 # %% auto #0
 __all__ = ['parts_of', 'tensors_in', 'finite', 'watching', 'as_written', 'why_bad', 'first_bad', 'Buffers', 'diagnosis',
-           'loss_and_norm', 'Window', 'BadSteps', 'SkipBadSteps', 'Frame', 'frame_of', 'trouble', 'Frames',
+           'loss_and_norm', 'Window', 'BadSteps', 'Windows', 'SkipBadSteps', 'Frame', 'frame_of', 'trouble', 'Frames',
            'NumericsTracer']
 
 # %% ../../nbs/33_guards.ipynb #d5fb85d0
@@ -157,7 +157,7 @@ class Window:
     loss: Tensor  # summed up over them
     buffers: list[Tensor]  # as they were before the first
 
-
+# %% ../../nbs/33_guards.ipynb #ed2df299
 class BadSteps(Callback):
     "Knows bad steps, counts them, and has the windows that are open."
 
@@ -200,9 +200,9 @@ class BadSteps(Callback):
         opened = {name: Window(w["loss"].clone(), [t.clone() for t in w["buffers"]]) for name, w in state["open"].items()}
         self.skipped, self.in_a_row, self._open = dict(state["skipped"]), dict(state["in_a_row"]), opened
 
-# %% ../../nbs/33_guards.ipynb #0e8f88a7
-class SkipBadSteps(BadSteps):
-    "NaN/Inf guard: leaves a step out when its loss or gradient is not finite; too many in a row are an error."
+# %% ../../nbs/33_guards.ipynb #6c30b8e4
+class Windows(BadSteps):
+    "Opens windows and closes them."
 
     order = -50  # before clipping
 
@@ -224,6 +224,24 @@ class SkipBadSteps(BadSteps):
         if (window := self._open.get(learn.player.name)) is not None:
             window.loss = window.loss + learn.loss.detach()
 
+    def undo(self, name: str) -> None:
+        "Put the buffers back to where the player's window began."
+        first, names = self._open[name].buffers, [*self._open]
+        self._buffers.put_back(first)
+        for later in names[names.index(name) + 1 :]:  # its copy has the turns in it that are undone
+            self._open[later].buffers = first
+
+    def cleanup_turn(self, learn: Any) -> None:
+        if not learn.player.window:
+            self._open.pop(learn.player.name, None)
+
+    def cleanup_fit(self, learn: Any) -> None:
+        self._buffers = Buffers(())
+
+# %% ../../nbs/33_guards.ipynb #0e8f88a7
+class SkipBadSteps(Windows):
+    "NaN/Inf guard: leaves a step out when its loss or gradient is not finite; too many in a row are an error."
+
     def before_step(self, learn: Any) -> None:
         if self.minds(learn.player):
             bad = self.bad(learn.player)
@@ -236,24 +254,11 @@ class SkipBadSteps(BadSteps):
         self.skipped[name] = self.skipped.get(name, 0) + 1
         learn.history.mark("skipped", learn.step + (learn.batch is not None), f"{name}: {bad}")
         lines = diagnosis(learn) if self.in_a_row[name] >= self.patience else []
-        self._put_back(name)
+        self.undo(name)
         if lines:
             head = f"{self.in_a_row[name]} steps in a row of player {name!r} were bad, the last with {bad}"
             raise FloatingPointError("\n  ".join([head, *lines]))
         raise CancelStep
-
-    def _put_back(self, name: str) -> None:
-        first, names = self._open[name].buffers, [*self._open]
-        self._buffers.put_back(first)
-        for later in names[names.index(name) + 1 :]:  # its copy has the turns in it that are undone
-            self._open[later].buffers = first
-
-    def cleanup_turn(self, learn: Any) -> None:
-        if not learn.player.window:
-            self._open.pop(learn.player.name, None)
-
-    def cleanup_fit(self, learn: Any) -> None:
-        self._buffers = Buffers(())
 
     def __repr__(self) -> str:
         return f"SkipBadSteps({self.player!r}, patience={self.patience}, every={self.every})"

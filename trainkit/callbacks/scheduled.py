@@ -5,17 +5,20 @@
 # %% ../../nbs/36_scheduled.ipynb #4d5a0131
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
 from ..callback import Callback
+from ..curve import check_end
 from ..knobs import ScheduledKnob, TermKnob, knob
 from ..player import Player
 from ..schedule import Knob, OptionKnob, Schedule, finite
-from ..torch_schedule import check_schedule, make_schedule
+from ..torch_schedule import check_schedule, find_any, make_schedule
 
 # %% auto #0
-__all__ = ['owners_of', 'counted', 'Plan', 'Bound', 'Scheduled']
+__all__ = ['owners_of', 'counted', 'without_momentum', 'Plan', 'check_ahead', 'Bound', 'Scheduled']
 
 # %% ../../nbs/36_scheduled.ipynb #66067700
 def owners_of(learn: Any, knob: Knob) -> list[Player]:
@@ -35,6 +38,17 @@ def counted(learn: Any, knob: Knob, player: str | None, by: str) -> Player | Non
     return found[0] if len(found) == 1 else None
 
 # %% ../../nbs/36_scheduled.ipynb #24ed41af
+def without_momentum(shape: str | Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
+    "Options with which a scheduler of torch's moves nothing but its number."
+    name, found = find_any(shape)
+    if not (isinstance(found, type) and "cycle_momentum" in inspect.signature(found).parameters):
+        return options
+    if options.get("cycle_momentum"):
+        raise ValueError(f"scheduler {name!r} can cycle a momentum only beside an optimizer's learning rate, whose plan is the "
+                         "OptimBuilder's: leave cycle_momentum out")  # fmt: skip
+    return {**options, "cycle_momentum": False}
+
+# %% ../../nbs/36_scheduled.ipynb #b8d2fd45
 class Plan(Callback):
     "What is to be moved, and along which curve; checked when it is written down."
 
@@ -53,9 +67,14 @@ class Plan(Callback):
         to: float | None = None,  # or the value there
         **options: Any,  # of the shape
     ):
-        given = {"by": by, "total": total, "warmup": warmup or None, "end": end}
-        self._plan = check_schedule({"name": shape, **{k: v for k, v in given.items() if v is not None}, **options})
-        self._plan |= {} if to is None else {"to": finite(to, "to")}
+        if not isinstance(knob, str) and not (isinstance(knob, tuple) and len(knob) == 2 and isinstance(knob[1], str)):
+            raise TypeError(f"Scheduled: a knob is a name or a pair (object, 'attribute'); received {knob!r:.80}")
+        if not (player is None or isinstance(player, str)):
+            raise TypeError(f"Scheduled: player is the name of one, or None; received {player!r}")
+        check_end(0.0 if end is None else end, None if to is None else finite(to, "to"))
+        given = {"by": by, "total": total, "warmup": warmup, "end": end, "to": None if to is None else 0.0, **options}
+        said = {k: v for k, v in without_momentum(shape, given).items() if v is not None}
+        self._plan = {**check_schedule({"name": shape, **said}), **({} if to is None else {"to": to})}
         self.knob, self.player = knob, player
         self.schedule: Schedule | None = None  # once a fit has begun
 
@@ -75,6 +94,19 @@ class Plan(Callback):
 
     def __repr__(self) -> str:
         return f"Scheduled({self.label!r}, {self.schedule or self._plan['name']!r})"
+
+# %% ../../nbs/36_scheduled.ipynb #56941e4b
+def check_ahead(
+    schedule: Schedule,
+    units: int | None,  # how many of its units are planned; None: nobody knows
+) -> None:
+    "ValueError when the curve of a schedule leaves the bounds of its knob."
+    knob, n = schedule.knob, 1 + max(schedule.total or 0, units or 0)
+    if schedule.monitor or (knob.low, knob.high) == (-math.inf, math.inf) or n > 100_000:
+        return
+    for values in schedule.values(n).values():
+        for value in min(values), max(values):
+            knob.check(value, f"the value at {schedule.by} {values.index(value)}")
 
 # %% ../../nbs/36_scheduled.ipynb #b5035cff
 class Bound(Plan):
@@ -105,6 +137,8 @@ class Bound(Plan):
             player = counted(learn, found, self.player, schedule.by)
             if self._saved:
                 schedule.load_state_dict(self._saved)
+            if schedule.total is not None:
+                check_ahead(schedule, None)
         except (TypeError, ValueError):
             found.write(before)
             raise
@@ -117,12 +151,20 @@ class Bound(Plan):
         taken = [cb._series for cb in learn.cbs if isinstance(cb, Bound) and cb is not self]
         return f"{name}.{taken.count(name)}" if name in taken else name
 
-    def schedules(self, learn: Any) -> dict[str, tuple[Any, Any]]:
-        return {self.name: (self.schedule, self._counts)} if self.schedule and self._learn is learn else {}
-
 # %% ../../nbs/36_scheduled.ipynb #84286835
 class Scheduled(Bound):
     "Moves a number of the run along a curve; its values are on record whenever they change."
+
+    def schedules(self, learn: Any) -> dict[str, tuple[Any, Any]]:
+        return {self.name: (self.schedule, self._counts)} if self.schedule and self._learn is learn else {}
+
+    def before_fit(self, learn: Any) -> None:
+        try:
+            if schedule := self.schedule:
+                check_ahead(schedule, schedule.update + (learn.planned(schedule.by, self._counts) or 0))
+        except ValueError:
+            self._unbind()
+            raise
 
     def before_batch(self, learn: Any) -> None:
         value = self.schedule.knob.read()[0] if self.schedule else None
@@ -130,11 +172,20 @@ class Scheduled(Bound):
             learn.history.add(self._series, value, learn.step + 1)
             self._last = value
 
+    def _unbind(self) -> None:
+        "Forget the learner; its number goes back to its base, if it still is what the curve has made it."
+        if self.schedule:
+            place, there = self.schedule.knob, self.schedule.knob.read()
+            self.schedule.apply()
+            place.write(self.schedule.bases if place.read() == there else there)
+        self._learn = self.schedule = self._counts = None
+
     def state_dict(self) -> dict[str, Any]:
-        saved = self.schedule.state_dict() if self.schedule else self._saved
-        return {"schedule": saved, "last": self._last} if saved else {}
+        return {"schedule": self.schedule.state_dict() if self.schedule else self._saved, "last": self._last}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if self.schedule:
+        if not state["schedule"]:  # from before its first fit
+            self._unbind()
+        elif self.schedule:
             self.schedule.load_state_dict(state["schedule"])
         self._saved, self._last = dict(state["schedule"]), state["last"]

@@ -15,7 +15,8 @@ from ..callback import Callback
 from ..state import AUTOMATIC, best_mode
 
 # %% auto #0
-__all__ = ['whole', 'nearest', 'Monitor', 'Following', 'Patience', 'EarlyStopping', 'checked_weights', 'Score']
+__all__ = ['whole', 'nearest', 'Monitor', 'Following', 'Patience', 'EarlyStopping', 'checked_weights', 'NotFound', 'Found',
+           'Score']
 
 # %% ../../nbs/32_stopping.ipynb #4ba64ae3
 def whole(
@@ -202,6 +203,17 @@ def checked_weights(of: Any) -> Any:
     return of
 
 # %% ../../nbs/32_stopping.ipynb #e40aea06
+class NotFound(KeyError):
+    "A series that a score asks for and a validation didn't find."
+
+
+class Found(dict[str, float]):
+    "What a validation found."
+
+    def __missing__(self, name: str) -> float:
+        raise NotFound(name)
+
+
 class Score(Callback):
     "Records one number made of what a validation found: a weighted sum, or any function of it."
 
@@ -227,13 +239,13 @@ class Score(Callback):
 
     def after_validate(self, learn: Any) -> None:
         columns = {name: values for name, (_, values) in learn.history.scalars.items() if name.startswith("valid")}
-        found = {name: float(v[-1]) for name, v in columns.items() if len(v) > self._before.get(name, 0)}
+        found = Found({name: float(v[-1]) for name, v in columns.items() if len(v) > self._before.get(name, 0)})
         if self.series in found:
             raise ValueError(f"Score: {self.series!r} is recorded already, by the learner or another callback; give name=…")
         try:
             if found:
                 learn.record({self.series: self.compute(found)})
-        except KeyError as error:
+        except NotFound as error:  # any other KeyError is the function's own
             wanted = str(error.args[0])
             if wanted not in columns:  # otherwise it is there, and only not new
                 raise ValueError(f"Score: {wanted!r} is not among what the validation found; {nearest(wanted, found)}") from error

@@ -189,9 +189,18 @@ class Ways:
 
     @property
     def forks(self) -> list[int]:
-        "Steps of the forks that lie on the present way; with the last one it begins."
+        "Steps of the forks that lie on the present way."
         steps = [self.tails[i].step for i in sorted(self._parted)]
         return [s for i, s in enumerate(steps) if all(s <= later for later in steps[i + 1:])]
+
+    @property
+    def begin(self) -> int | None:
+        "The step at which the present way begins, if there was another one."
+        return self.forks[-1] if self.forks else None
+
+    def end(self, names: Iterable[str]) -> int:
+        "The last step of a tail with one of these series."
+        return max((int(t.scalars[n][0].max()) for t in self.tails for n in names if n in t.scalars), default=0)
 
     def origin(self, i: int, name: str, scalars: Scalars) -> tuple[np.ndarray, np.ndarray]:
         "The value from which tail `i` starts: the last one before its fork, on whatever way that lies; or none."
@@ -302,8 +311,7 @@ class Panel:
     def __init__(self, ax: Any, title: str, labels: Mapping[str, str], colours: Mapping[str, str], log: bool,
                  smooth: float):
         self.ax, self.labels, self.log, self._positive = ax, labels, log, False
-        self.curves = [Curve(ax, name, colour, smooth) for name, colour in colours.items()]
-        self.ghosts = Ghosts(ax)
+        self.curves, self.ghosts = [Curve(ax, name, colour, smooth) for name, colour in colours.items()], Ghosts(ax)
         ax.set_title(title, loc="left", y=1.0, fontsize=9.5, fontweight="bold", color="#333333")
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(axis="y", color="#e6e6e6", lw=0.7)
@@ -334,8 +342,7 @@ class Panel:
         positive = self.log and any((v > 0).any() for _, v in mine)
         if positive != self._positive: self.ax.set_yscale("log" if positive else "linear")
         self._positive = positive
-        begin = ways.forks[-1] if ways.forks else None
-        seen = [c.update(steps, values, last, positive, begin) for c, (steps, values) in zip(self.curves, mine)]
+        seen = [c.update(steps, values, last, positive, ways.begin) for c, (steps, values) in zip(self.curves, mine)]
         self.ghosts.update(self.curves, ways, scalars, positive)
         for (name, label), series, text in zip(self.labels.items(), mine, self.legend.get_texts()):
             text.set_text(f"{label} {digits(recent(name, *series))}")
@@ -430,8 +437,7 @@ class Plot:
         if not drawn: return
         first, last = min(int(s.min()) for s in drawn), max(int(s.max()) for s in drawn)
         self.ways.update(snapshot)
-        names = {n for labels in layout.values() for n in labels}
-        end = max([last, *(int(t.scalars[n][0].max()) for t in self.ways.tails for n in names & t.scalars.keys())])
+        end = max(last, self.ways.end([n for labels in layout.values() for n in labels]))
         for panel, lines in self.panels:
             panel.update(scalars, self.ways, first if first > 1 else 0, last, end)
             lines.update(snapshot.marks)
