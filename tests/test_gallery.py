@@ -1,7 +1,6 @@
 "Thumbnails, and the gallery that shows them: what is shown is what lies on the disk, and no button does harm."
 import gc
 import html as html_
-import inspect
 import io
 import json
 import math
@@ -29,7 +28,6 @@ from trainkit.checkpoint import CheckpointError, Checkpoints, Entry
 from trainkit.gan.learner import GANLearner
 from trainkit.history import History
 from trainkit.learner import Learner
-from trainkit.state import Restore
 from trainkit.ui.gallery import Board, Controls, Keeper, gallery, show
 from trainkit.ui.sheet import chosen, differences, fields_of, first_best, more, ordered, paged, plain_json, whole_page
 from trainkit.ui.thumbnails import MOST_BYTES, Thumbnails, encode_png, shrink, thumbnail_of
@@ -104,10 +102,6 @@ def test_a_thumbnail_leaves_no_trace_in_the_training():
     assert all(all(modes) for modes in rates)
 
 
-HOOKED = pytest.mark.skipif("thumbnail" not in inspect.getsource(Restore.save), reason="learners don't ask for thumbnails yet")
-
-
-@HOOKED
 def test_checkpoints_carry_the_samples_of_their_step(tmp_path):
     learn = gan(tmp_path / "run", cbs=[Thumbnails()], keep_best=0)
     learn.fit(steps=6)
@@ -120,12 +114,10 @@ def test_checkpoints_carry_the_samples_of_their_step(tmp_path):
     assert plain.checkpoints.find("last").thumbnail is None  # nothing to see, and nobody said what
 
 
-@HOOKED
 def test_a_resumed_run_with_thumbnails_is_exact(tmp_path):
     resumes(lambda run: gan(run, cbs=[Thumbnails()]), tmp_path, steps=8, at=(1, 5))
 
 
-@HOOKED
 def test_a_failing_source_costs_no_checkpoint(tmp_path):
     learn = gan(tmp_path / "run", cbs=[Thumbnails(lambda learn: learn.nothing)])
     with pytest.warns(UserWarning, match="without thumbnails: AttributeError") as caught: learn.fit(steps=4)

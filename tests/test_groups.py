@@ -9,8 +9,18 @@ from hypothesis import strategies as st
 from torch import nn
 
 from trainkit import groups
-from trainkit.groups import by_pattern, choose, depths, divide, groups_of, hidden, kinds_of, matrices, named
-from trainkit.groups import with_dense_gradients
+from trainkit.groups import (
+    by_pattern,
+    choose,
+    depths,
+    divide,
+    groups_of,
+    hidden,
+    kinds_of,
+    matrices,
+    named,
+    with_dense_gradients,
+)  # fmt: skip
 from trainkit.optim import OptimBuilder
 
 
@@ -299,7 +309,8 @@ def test_a_parameter_of_two_patterns_goes_by_the_first():
     rules = {"bias$": {"lr": 0.1}, "^0": {"lr": 0.2, "weight_decay": 0.3}, ".": {"lr": 0.4}}
     found = {name: g["lr"] for g in by_pattern(named(net), rules) for name, _ in g["params"]}
     assert found == {"0.bias": 0.1, "1.bias": 0.1, "0.weight": 0.2, "1.weight": 0.4}
-    turned = {name: g["lr"] for g in by_pattern(named(net), dict([*rules.items()][1::-1])) for name, _ in g["params"] if "lr" in g}
+    other_way = dict([*rules.items()][1::-1])
+    turned = {name: g["lr"] for g in by_pattern(named(net), other_way) for name, _ in g["params"] if "lr" in g}
     assert turned == {"1.bias": 0.1, "0.weight": 0.2, "0.bias": 0.2}
 
 
@@ -318,7 +329,8 @@ def test_a_list_of_tables_adds_up():
 
 def test_unnamed_parameters_are_told_by_their_place():
     a, b = nn.Parameter(torch.zeros(8, 4)), nn.Parameter(torch.zeros(8, 4))
-    with pytest.raises(ValueError, match=re.escape("the parameter at place 1 of group 1, of shape (8, 4), is in two groups: 0 and 1")):
+    message = "the parameter at place 1 of group 1, of shape (8, 4), is in two groups: 0 and 1"
+    with pytest.raises(ValueError, match=re.escape(message)):
         groups_of([{"params": [a]}, {"params": [b, a]}])
 
 

@@ -1385,3 +1385,17 @@ def test_without_threads_it_is_written_here(tmp_path, monkeypatch):
     learn = learner(run=tmp_path / "run")
     learn.fit(2)
     assert [e.id for e in learn.checkpoints] == ["5", "10"]
+
+
+def test_a_run_that_can_only_be_read_is_trained_on_unsaved(tmp_path, monkeypatch):
+    learner(run=tmp_path / "run").fit(1)
+    learn = learner(run=tmp_path / "run")
+    learn.restore()
+
+    def refuse(path, flags, *args, **kw):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("trainkit.storage._open_temp", lambda folder: refuse(folder, 0))
+    with pytest.warns(UserWarning, match="can't be kept, training goes on"):
+        learn.fit(1)
+    assert (learn.state, learn.step) == ("finished", 10)

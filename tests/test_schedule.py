@@ -418,7 +418,7 @@ def test_any_function_will_do():
         (("polynomial", 10), {"pwer": 2}, "unknown option 'pwer'; accepted (nearest first): power"),
         (("polynomial", 10), {"power": "2"}, "power must be a number > 0; received '2'"),
         (("step",), {}, "missing a required argument: 'every'"),
-        (("piecewise",), {"boundaries": [3], "values": [1]}, "values must be one more than boundaries; received [1] for the boundaries [3]"),
+        (("piecewise",), {"boundaries": [3], "values": [1]}, "received [1] for the boundaries [3]"),
         ((lambda u: 1, 10), {}, "must take (update, total)"),
         ((lambda u, total: -1.0, 10), {}, "gave -1.0 at update 0"),
     ],

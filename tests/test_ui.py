@@ -607,10 +607,12 @@ def test_bad_every(every):
 
 # ---- front
 
+ALL = ["Progress", "Curves", "Samples"]
+
 @pytest.mark.parametrize("here, run, names", [
-    ("notebook", False, ["Progress", "Curves", "Samples"]), ("notebook", True, ["Progress", "Curves", "Samples"]),
+    ("notebook", False, ALL), ("notebook", True, [*ALL, "Thumbnails"]),
     ("terminal", False, ["Progress"]), ("ipython", False, ["Progress"]), ("script", False, ["Progress"]),
-    ("terminal", True, ["Progress", "Curves", "Samples"]), ("script", True, ["Progress", "Curves", "Samples"])])
+    ("terminal", True, [*ALL, "Thumbnails"]), ("script", True, [*ALL, "Thumbnails"])])
 def test_front(here, run, names, monkeypatch, tmp_path):
     monkeypatch.setenv("TRAINKIT_WHERE", here)
     assert [type(cb).__name__ for cb in front(Run(run=tmp_path if run else None))] == names
@@ -625,9 +627,9 @@ def test_front_says_what_is_not_installed(monkeypatch, tmp_path):
     monkeypatch.setattr(front_module, "find_spec", lambda name: None)
     monkeypatch.setenv("TRAINKIT_WHERE", "notebook")
     with pytest.warns(UserWarning, match=r"matplotlib \(curves and samples\).*'trainkit\[notebook\]'") as caught:
-        assert [type(cb).__name__ for cb in front(Run())] == ["Progress"]
+        assert [type(cb).__name__ for cb in front(Run())] == ["Progress", "Thumbnails"]
     assert len(caught) == 1
     monkeypatch.setenv("TRAINKIT_WHERE", "script")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert [type(cb).__name__ for cb in front(Run(run=tmp_path))] == ["Progress"]
+        assert [type(cb).__name__ for cb in front(Run(run=tmp_path))] == ["Progress", "Thumbnails"]

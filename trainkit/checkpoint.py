@@ -13,11 +13,12 @@ import itertools
 import json
 import math
 import os
+import pkgutil
 import platform
 import time
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -297,7 +298,10 @@ class Locked(Claimed):
         "Keep other processes out until `unlock` (or the end of this one); CheckpointError if one of them is inside."
         if fcntl is None or self._lock is not None:
             return
-        file = open(made_folder(self.folder) / "lock", "a")
+        try:
+            file = open(made_folder(self.folder) / "lock", "a")
+        except OSError:  # a folder that can only be read; saving will say so
+            return
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._lock = file
@@ -438,6 +442,11 @@ class Readable(Writable):
 # %% ../nbs/23_checkpoint.ipynb #e1559364
 class Checkpoints(Readable):
     "A run's checkpoints on disk."
+
+    learner: Callable[[], Any] = staticmethod(lambda: None)  # whose they are, while it lives: the gallery's buttons act on it
+
+    def _ipython_display_(self) -> None:
+        pkgutil.resolve_name("trainkit.ui.gallery:show")(self)
 
     def pin(self, which: Which, pinned: bool = True) -> Entry:
         "Keep a checkpoint whatever comes, or no longer."

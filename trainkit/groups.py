@@ -79,7 +79,8 @@ def check_disjoint(groups: Iterable[Mapping[str, Any]]) -> None:
         for name, p in group["params"]:
             if id(p) in seen:
                 place = next(j for j, (_, q) in enumerate(group["params"]) if q is p)
-                which = f"parameter {name!r}" if name else f"the parameter at place {place} of group {i}, of shape {tuple(p.shape)},"
+                unnamed = f"the parameter at place {place} of group {i}, of shape {tuple(p.shape)},"
+                which = f"parameter {name!r}" if name else unnamed
                 raise ValueError(f"{which} is in two groups: {seen[id(p)]} and {i}")
         seen.update({id(p): i for _, p in group["params"]})
 
@@ -104,7 +105,8 @@ def kinds_of(modules: nn.Module | Iterable[nn.Module] | Mapping[str, nn.Module] 
 
 def with_dense_gradients(modules: Any) -> set[int]:
     "The ids of parameters whose gradients are surely not sparse: those of torch's own layers but embeddings made for it."
-    roots = [modules] if isinstance(modules, nn.Module) else list(modules.values() if isinstance(modules, Mapping) else modules or ())
+    several = modules.values() if isinstance(modules, Mapping) else modules or ()
+    roots = [modules] if isinstance(modules, nn.Module) else [*several]
     layers = [m for root in roots if isinstance(root, nn.Module) for m in root.modules()]
     own = [m for m in layers if type(m).__module__.startswith("torch.nn.") and not getattr(m, "sparse", False)]
     sparse = {id(p) for m in layers if getattr(m, "sparse", False) for p in m.parameters(recurse=False)}

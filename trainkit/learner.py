@@ -11,6 +11,7 @@ import pkgutil
 import signal
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
@@ -407,6 +408,7 @@ class Kept(Placed):
         if self.run is not None:
             keep = None if settings.keep == "all" else int(settings.keep)
             self.checkpoints = Checkpoints(self.run / "checkpoints", keep, settings.keep_best, settings.keep_every)
+            self.checkpoints.learner = weakref.ref(self)
             if settings.save_every != "none" and self.cbs.get(AutoSave) is None:
                 self.add(AutoSave(settings.save_every))
 

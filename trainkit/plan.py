@@ -12,7 +12,7 @@ from typing import Any
 from .player import Player
 
 # %% auto #0
-__all__ = ['Planned', 'Ahead', 'runs_out', 'lengthen', 'plan_schedules']
+__all__ = ['Planned', 'Ahead', 'runs_out', 'lengthen', 'plan_schedules', 'apply_plan']
 
 # %% ../nbs/22_plan.ipynb #d51083eb
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def lengthen(who: str, schedule: Any, units: int, beyond: str | None) -> tuple[C
                          "new curve over this fit, or 'stretch' to lay the curve over the new length")  # fmt: skip
     return None
 
-
+# %% ../nbs/22_plan.ipynb #15637423
 def plan_schedules(
     planned: Iterable[Planned],  # every schedule that moves in the fit
     beyond: str | None,  # "hold", "restart" or "stretch"; None asks
@@ -78,7 +78,7 @@ def plan_schedules(
     "Tell every schedule how long it is, or raise ValueError having changed none."
     if beyond not in (None, "hold", "restart", "stretch"):
         raise ValueError(f"fit(schedule=…) takes 'hold', 'restart' or 'stretch'; received {beyond!r}")
-    todo: list[tuple[Callable[[int], None], int]] = []
+    todo: list[tuple[str, Any, Callable[[int], None], int]] = []
     planned = [(who, schedule, units) for who, schedule, units in planned if schedule.needs_total and units != 0]
     some = any(runs_out(schedule, units) for _, schedule, units in planned)
     for who, schedule, units in planned:
@@ -92,6 +92,17 @@ def plan_schedules(
                 schedule.check_total(call[1])
             except ValueError as error:
                 raise ValueError(f"{who}: {error}") from error
-            todo.append(call)
-    for act, n in todo:
-        act(n)
+            todo.append((who, schedule, *call))
+    apply_plan(todo)
+
+
+def apply_plan(todo: list[tuple[str, Any, Callable[[int], None], int]]) -> None:
+    "Set the lengths; where one is refused after all, those that were set before are put back."
+    before = [(schedule, schedule.state_dict()) for _, schedule, _, _ in todo]
+    for who, _, act, n in todo:
+        try:
+            act(n)
+        except ValueError as error:
+            for schedule, state in before:
+                schedule.load_state_dict(state)
+            raise ValueError(f"{who}: {error}") from error

@@ -136,7 +136,7 @@ def number(words: str, fits: Callable[[Any], bool]) -> Range:
 def whole(least: int) -> Range:
     "Whole numbers from `least` on."
     return Range(f"a whole number >= {least}",
-                 lambda value: isinstance(value, Integral) and not isinstance(value, bool) and value >= least)  # fmt: skip
+                 lambda value: isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least)  # fmt: skip
 
 
 def listing(words: str, each: Range, rising: bool = False) -> Range:

@@ -246,8 +246,11 @@ class RunFolder(Loadable):
             warnings.warn(f"{self.run} held another run, which is now {aside}. (To go on with a run, call "
                           "learn.restore('last') before fit.)", stacklevel=3)  # fmt: skip
         self._owned = True
-        if not store.token:
-            store.claim()
+        try:
+            if not store.token:
+                store.claim()
+        except CheckpointError as error:
+            warnings.warn(f"this run can't be kept, training goes on: {error}", stacklevel=3)
 
 # %% ../nbs/25_state.ipynb #29bed572
 MORE = {"acc", "accuracy", "auc", "auroc", "score", "psnr", "ssim", "sdr", "snr", "f1", "iou", "dice", "precision", "recall",
@@ -305,7 +308,8 @@ class Save(Scored):
         score = metrics[name] if last.get(name, (-1,))[0] == self.step else None
         info = {"epoch": self.epoch, "metrics": metrics, "score": score, "mode": self.mode or best_mode(name),
                 "note": note, "pinned": pin, "parent": self.parent}  # fmt: skip
-        entry = self._store().save(self.state_dict(), self.step, info, background=background)
+        picture = next((cb.thumbnail(self) for cb in self.cbs if hasattr(cb, "thumbnail")), None)
+        entry = self._store().save(self.state_dict(), self.step, info, thumbnail=picture, background=background)
         self.history.mark("checkpoint", self.step, note, id=entry.id)
         self.history.flush()
         self.parent = entry.id

@@ -174,12 +174,15 @@ class Lookback(Exported):
         before = copy.deepcopy((self.state_dict()["players"], {key: cb.state_dict() for key, cb in callbacks.items()}))
         position = copy.deepcopy(self.position())
         try:
-            self._wear(state["players"], state["callbacks"], callbacks)
+            try:
+                self._wear(state["players"], state["callbacks"], callbacks)
+            except Exception as error:
+                raise CheckpointError(f"{entry.path} can't be looked at: {error}") from error
             with preserve_rng():
                 yield entry
         finally:
-            self._wear(*before, callbacks)
             self.go_to(position)
+            self._wear(*before, callbacks)
 
     def _wear(self, players: Mapping[str, Any], states: Mapping[str, Any], callbacks: Mapping[str, Any]) -> None:
         for player in self.players:
@@ -208,6 +211,7 @@ class Travel(Lookback):
         before = {key: getattr(self, key) for key in ("run", "history", "checkpoints", "parent", "_owned")}
         self.run, self.history = folder, History(folder / "history.jsonl")
         self.checkpoints = Checkpoints(folder / "checkpoints", here.keep, here.keep_best, here.keep_every)
+        self.checkpoints.learner = here.learner
         try:
             self._restore(here, origin)
             self.parent = f"{here.folder.parent.name}/{origin.id}"

@@ -30,9 +30,6 @@ generator = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 256), nn.Ta
 discriminator = nn.Sequential(nn.Flatten(), nn.Linear(256, 64), nn.LeakyReLU(0.2), nn.Linear(64, 1), nn.Flatten(0))
 gan = GANLearner(generator, discriminator, discs, latent=8, opt={"name": "adam", "lr": 2e-3, "betas": (0.5, 0.99)}, batch_size=32,
                  n_samples=36, seed=1, run="runs/discs", save_every=40, keep=9, front="none", device="cpu", cbs=[Thumbnails()])
-save = gan.checkpoints.save
-gan.checkpoints.save = lambda state, step, info=None, thumbnail=None, background=False: save(
-    state, step, info, thumbnail or Thumbnails().thumbnail(gan), background)
 gan.fit(steps=160)
 """.strip()
 SHOW = "shown = gallery(gan)\nshown"

@@ -16,6 +16,7 @@ from ..settings import Settings
 from .plots import Curves
 from .progress import Progress
 from .samples import Samples
+from .thumbnails import Thumbnails
 
 # %% ../../nbs/53_ui_front.ipynb #b64104ff
 NEEDED = {"fastprogress": "bars", "matplotlib": "curves and samples", "ipywidgets": "cheap live pictures"}
@@ -38,4 +39,5 @@ def front(
     if (in_notebook or learn.run is not None) and "matplotlib" not in lacks:
         views.append(Curves(refresh=getattr(learn, "settings", Settings()).refresh))
         if hasattr(learn, "sample_fixed"): views.append(Samples())
+    if learn.run is not None and hasattr(learn, "sample_fixed"): views.append(Thumbnails())
     return [view for view in views if learn.cbs.get(type(view).__name__) is None]

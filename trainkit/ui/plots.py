@@ -230,9 +230,9 @@ class Curve:
         "Is it drawn as a trend?"
         return self.smooth > 0 and is_noisy(self.name, steps)
 
-    def points(self, steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        "What is drawn of values."
-        return trend(steps, values, self.smooth) if self.smoothed(steps) else decimate(steps, values)
+    def points(self, steps: np.ndarray, values: np.ndarray, most: int = 400) -> tuple[np.ndarray, np.ndarray]:
+        "What is drawn of values: so many stretches of a trend at most, or one and a half times as many values."
+        return trend(steps, values, self.smooth, most) if self.smoothed(steps) else decimate(steps, values, 3 * most // 2)
 
     def update(self, steps: np.ndarray, values: np.ndarray, end: int, positive: bool,
                begin: int | None = None) -> np.ndarray:  # the last fork
@@ -276,7 +276,7 @@ class Ghosts:
     def _line(self, curve: Curve, i: int, ways: Ways, scalars: Scalars) -> tuple[np.ndarray, np.ndarray]:
         if curve.name not in ways.tails[i].scalars: return np.empty(0), np.empty(0)
         steps, values = ways.tails[i].scalars[curve.name]
-        x, y = curve.points(steps, values)
+        x, y = curve.points(steps, values, 120)  # a thin line behind the others
         if not curve.smoothed(steps):
             x, y = (np.concatenate(o) for o in zip(ways.origin(i, curve.name, scalars), (x, y)))
         return (np.repeat(x, 2)[1:], np.repeat(y, 2)[:-1]) if curve.rate else (x, y)
