@@ -210,10 +210,16 @@ def test_random_transforms_of_what_is_validated_are_the_same_each_time(tmp_path)
 
 # --- killed ----------------------------------------------------------------------------------------------------------
 
+def to_be_killed(kind, run=None, **kw):
+    "With two persistent workers, and gradients or turns that wait."
+    train = loader(2, data=Augmented(kind == "learner"), persistent_workers=True)
+    return gan(run, train, seed=4, n_critic=2, **kw) if kind == "gan" else learner(run, train, accumulate=3, **kw)
+
+
 SCRIPT = """
 import os, signal, sys, torch
 sys.path.insert(0, {tests!r})
-from test_exact import learner, gan, loader, Augmented
+from test_exact import to_be_killed
 from trainkit.callback import On
 
 def kill(learn):
@@ -222,16 +228,12 @@ def kill(learn):
 
 if __name__ == "__main__":
     run, kind, at = sys.argv[1], sys.argv[2], int(sys.argv[3])
-    make, kw = (learner, dict(accumulate=3)) if kind == "learner" else (gan, dict(n_critic=2, seed=4))
-    train = loader(2, data=Augmented(kind == "learner"), persistent_workers=True)
-    learn = make(run, train, save_every=2, **kw)
+    learn = to_be_killed(kind, run, save_every=2)
     if learn.checkpoints:
-        learn.restore("last")
-        print("from step", learn.step, flush=True)
+        print("from step", learn.restore("last").step, flush=True)
     learn.add(On("after_backward", kill))
     learn.fit(steps=20) if learn.step == 0 else learn.fit()
-    state = learn.state_dict()
-    torch.save({{key: state[key] for key in ("players", "callbacks", "rng", "position")}}, run + "/end.pt")
+    torch.save({{key: learn.state_dict()[key] for key in ("players", "rng", "position")}}, run + "/end.pt")
 """
 
 
@@ -241,21 +243,21 @@ def test_killed_in_the_middle_of_a_step(kind, tmp_path):
     script = tmp_path / "train.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
 
-    def go(run, at):
+    def go(at):
         env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "TRAINKIT_WHERE": "script"}
         with open(tmp_path / "said.txt", "w+") as said:  # not a pipe: workers of the killed one hold it open for a while
-            done = subprocess.run([sys.executable, script, tmp_path / run, kind, str(at)], env=env, timeout=120,
+            done = subprocess.run([sys.executable, script, tmp_path / "run", kind, str(at)], env=env, timeout=120,
                                   stdout=said, stderr=subprocess.STDOUT)  # fmt: skip
-            return done.returncode, Path(said.name).read_text()
+        return done.returncode, Path(said.name).read_text()
 
-    results = [go("killed", at) for at in (5, 10, -1)] + [go("straight", -1)]
-    assert [code for code, _ in results] == [-signal.SIGKILL, -signal.SIGKILL, 0, 0], results
-    came_from = [int(re.search(r"from step (\d+)", said)[1]) for _, said in results[1:3]]
+    results = [go(at) for at in (5, 10, -1)]
+    assert [code for code, _ in results] == [-signal.SIGKILL, -signal.SIGKILL, 0], results
+    came_from = [int(re.search(r"from step (\d+)", said)[1]) for _, said in results[1:]]
     assert 0 < came_from[0] <= 4 < came_from[1] <= 9
-    killed, straight = (torch.load(tmp_path / run / "end.pt", weights_only=True) for run in ("killed", "straight"))
-    for state in (killed, straight):
-        state["callbacks"].pop("auto_save", None)
-    same(straight, killed)
+    straight = letting_go(to_be_killed(kind))
+    straight.fit(steps=20)
+    killed = torch.load(tmp_path / "run" / "end.pt", weights_only=True)
+    same({key: straight.state_dict()[key] for key in killed}, killed)
 
 
 # --- two learners in one process -------------------------------------------------------------------------------------

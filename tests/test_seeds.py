@@ -25,9 +25,9 @@ from torch.utils.data import (
 from trainkit.data import BatchStream
 from trainkit.device import rng_state, set_rng_state
 from trainkit.seeds import (
-    GENERATORS,
     SeededStream,
     Telling,
+    generator_kinds,
     held,
     in_bulk,
     is_plain,
@@ -650,8 +650,8 @@ def test_beside_leaves_alone_what_needs_nothing():
 
 
 def test_generators_are_found_wherever_they_hide():
-    found = dict(held(Own(), GENERATORS))
-    assert {type(g) for g in found.values()} == set(GENERATORS)
+    found = dict(held(Own(), generator_kinds()))
+    assert {type(g) for g in found.values()} == set(generator_kinds())
     assert found[".parts['numpy'][0]"].bit_generator is not None and found[".torch"].initial_seed() == 1
 
 
@@ -662,7 +662,7 @@ def test_the_search_ends():
     knot = Knot()
     knot.me, knot.files, knot.rng = knot, [str(i) for i in range(100_000)], random.Random()
     knot.deep = [[[[[[[[random.Random()]]]]]]]]
-    assert held(knot, GENERATORS) == [(".rng", knot.rng)] and held([1, knot], GENERATORS, skip=[knot]) == []
+    assert held(knot, generator_kinds()) == [(".rng", knot.rng)] and held([1, knot], generator_kinds(), skip=[knot]) == []
 
 
 def test_a_generator_shared_with_the_sampler_keeps_its_state():

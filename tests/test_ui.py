@@ -627,7 +627,7 @@ def test_front_says_what_is_not_installed(monkeypatch, tmp_path):
     monkeypatch.setattr(front_module, "find_spec", lambda name: None)
     monkeypatch.setenv("TRAINKIT_WHERE", "notebook")
     with pytest.warns(UserWarning, match=r"matplotlib \(curves and samples\).*'trainkit\[notebook\]'") as caught:
-        assert [type(cb).__name__ for cb in front(Run())] == ["Progress", "Thumbnails"]
+        assert [type(cb).__name__ for cb in front(Run())] == ["Progress"]
     assert len(caught) == 1
     monkeypatch.setenv("TRAINKIT_WHERE", "script")
     with warnings.catch_warnings():

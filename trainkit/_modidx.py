@@ -1670,6 +1670,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'trainkit.seeds.Watched.set_epoch': ('seeds.html#watched.set_epoch', 'trainkit/seeds.py'),
                                 'trainkit.seeds.Watched.state_dict': ('seeds.html#watched.state_dict', 'trainkit/seeds.py'),
                                 'trainkit.seeds.as_it_is': ('seeds.html#as_it_is', 'trainkit/seeds.py'),
+                                'trainkit.seeds.generator_kinds': ('seeds.html#generator_kinds', 'trainkit/seeds.py'),
                                 'trainkit.seeds.generator_state': ('seeds.html#generator_state', 'trainkit/seeds.py'),
                                 'trainkit.seeds.held': ('seeds.html#held', 'trainkit/seeds.py'),
                                 'trainkit.seeds.in_bulk': ('seeds.html#in_bulk', 'trainkit/seeds.py'),

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from .callback import EVENTS, Callback
 from .data import ForwardOnly, Stateful, generators_of
-from .seeds import GENERATORS, Seeded, SeededDataset, held, is_plain, obstacle
+from .seeds import Seeded, SeededDataset, generator_kinds, held, is_plain, obstacle
 from .storage import check_plain
 
 # %% auto #0
@@ -145,7 +145,7 @@ def generator_findings(loader: Any, name: str, seeded: bool) -> Iterator[Finding
     if seeded or has_state(loader) or has_state(getattr(loader, "dataset", None)) or isinstance(loader, (list, tuple)):
         return
     known = [torch.default_generator, *generators_of(loader).values()]
-    for path, generator in held(loader, GENERATORS, skip=known):
+    for path, generator in held(loader, generator_kinds(), skip=known):
         where = f"{type(generator).__name__} ({path.lstrip('.')})"
         yield finding(DATA["generator"], f"the {name} loader holds a {where}")
 
@@ -341,8 +341,8 @@ OUTSIDE = {
 
 def outside_findings(learn: Any) -> Iterator[Finding]:
     "Is there a module or a generator that no checkpoint keeps?"
-    for path, thing in outside(learn, (nn.Module, *GENERATORS)):
-        if isinstance(thing, GENERATORS):
+    for path, thing in outside(learn, (nn.Module, *generator_kinds())):
+        if isinstance(thing, generator_kinds()):
             yield finding(OUTSIDE["generator"], f"{path} is a random generator")
         elif may_change(thing):
             yield finding(OUTSIDE["module"], f"{path}, a {type(thing).__name__}, belongs to no player")
@@ -358,7 +358,7 @@ def kept_beside(opt: torch.optim.Optimizer) -> list[str]:
     if own or type(opt).__module__.startswith(("torch.optim", "trainkit.")):
         return []
     known = [opt.state, opt.param_groups, *(p for group in opt.param_groups for p in group["params"])]
-    names = [path.lstrip(".") for path, _ in held(opt, (Tensor, torch.optim.Optimizer, *GENERATORS), skip=known)]
+    names = [path.lstrip(".") for path, _ in held(opt, (Tensor, torch.optim.Optimizer, *generator_kinds()), skip=known)]
     changed = [name for name in carried(opt, ["step"]) if name not in ("state", "param_groups") and not name.startswith("_")]
     return [*dict.fromkeys(names + changed)]
 

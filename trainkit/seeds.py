@@ -28,8 +28,8 @@ from .data import (
 from .device import preserve_rng, rng_state, set_rng_state
 
 # %% auto #0
-__all__ = ['GOLDEN', 'ONCE', 'AT_START', 'GENERATORS', 'CLOSED', 'PLAIN', 'COLLATES', 'scramble', 'sample_seeds', 'keys_for',
-           'seed_sample', 'Ticket', 'numbers_of', 'innermost', 'repeats', 'set_aside', 'insides', 'held',
+__all__ = ['GOLDEN', 'ONCE', 'AT_START', 'CLOSED', 'PLAIN', 'COLLATES', 'scramble', 'sample_seeds', 'keys_for', 'seed_sample',
+           'Ticket', 'numbers_of', 'innermost', 'repeats', 'set_aside', 'generator_kinds', 'insides', 'held',
            'generator_state', 'put_back_generator', 'seed_generator', 'Numbered', 'Places', 'Tickets', 'in_bulk',
            'SeededDataset', 'is_plain', 'unseeded', 'obstacle', 'UsersDataset', 'as_it_is', 'seeded', 'Seeded',
            'Watched', 'Telling', 'tells', 'SeededStream']
@@ -133,8 +133,13 @@ def set_aside(more: Iterable[Any] = ()) -> Iterator[None]:
             put_back(generator, was)
 
 # %% ../nbs/11a_seeds.ipynb #a589ddb2
-GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-CLOSED = (str, bytes, int, float, complex, type(None), type, types.ModuleType, Tensor, np.ndarray, *GENERATORS)
+CLOSED = (str, bytes, int, float, complex, type(None), type, types.ModuleType, Tensor, np.ndarray, torch.Generator)
+
+
+@functools.cache
+def generator_kinds() -> tuple[type, ...]:
+    "The classes of random generators. (NumPy loads its own when first asked for.)"
+    return torch.Generator, np.random.Generator, np.random.RandomState, random.Random
 
 
 def insides(x: Any, most: int = 64) -> list[tuple[str, Any]]:
@@ -344,7 +349,7 @@ class SeededDataset(Dataset):
         if ticket.epoch != self.epoch:
             self.set_epoch(ticket.epoch)
         if self.generators is None:
-            parts = held((self.dataset, self.collate), GENERATORS)
+            parts = held((self.dataset, self.collate), generator_kinds())
             self.generators = [generator for _, generator in parts if generator is not torch.default_generator]
         with set_aside(self.generators) if get_worker_info() is None else nullcontext():
             yield

@@ -39,14 +39,15 @@ class Child:
             if self.status is None and time.monotonic() > end:
                 os.kill(self.pid, signal.SIGKILL)
                 self.status = self.nursery.ask("wait", pid=self.pid)
-                raise TimeoutError(f"a process was still running after {seconds} seconds; it told {self.told()[-3:]}")
+                raise TimeoutError(f"a process was still running after {seconds} seconds; it told {self.told()[-1:]}")
             time.sleep(pause := min(2 * pause, 0.02))
         return self.status
 
     def done(self, seconds: float = 60) -> list[dict[str, Any]]:
         "What it told, once it has ended well."
         status = self.wait(seconds)
-        assert status == 0, f"a process ended with {status}; it told {str(self.told()[-3:])[-700:]}"
+        told = self.told()
+        assert status == 0, f"a process ended with {status}: {(told or [{}])[-1].get('failed', told[-1:])}"
         return self.told()
 
     def told(self) -> list[dict[str, Any]]:
@@ -113,8 +114,9 @@ def _live(module: str, job: str, log: str, kw: dict[str, Any]) -> None:
     try:
         getattr(importlib.import_module(f"benchmarks.faults.{module}"), job)(tell, **kw)
         code = 0
-    except BaseException:
-        tell(failed=traceback.format_exc())
+    except BaseException as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        tell(failed=f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}: {error}")
     finally:
         os._exit(code)
 
