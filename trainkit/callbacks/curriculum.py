@@ -134,7 +134,7 @@ def checked_plan(plan: Any) -> dict[int, list[str]]:
     for unit, patterns in sorted(plan.items(), key=lambda item: whole("Unfreeze", "each key", item[0], 0)):
         found[unit] = [patterns] if isinstance(patterns, str) or not isinstance(patterns, Iterable) else [*patterns]
         if not found[unit]:
-            raise ValueError(f"Unfreeze: nothing becomes trainable at {unit}: give patterns of parameter names; received {plan!r}")
+            raise ValueError(f"Unfreeze: at {unit}, nothing becomes trainable: give patterns of names; received {plan!r}")
         for pattern in found[unit]:
             try:
                 re.compile(pattern)

@@ -211,7 +211,8 @@ def per_player(opt: Any) -> dict[str, Any]:
     if isinstance(opt, Mapping) and opt and set(opt) <= set(names):
         return {name: opt.get(name) for name in names}
     if isinstance(opt, Mapping) and "name" not in opt:
-        raise ValueError(f"opt is a plan with a 'name', or one for each of {', '.join(names)}; received {', '.join(map(repr, opt))}")
+        received = ", ".join(map(repr, opt))
+        raise ValueError(f"opt is a plan with a 'name', or one for each of {', '.join(names)}; received {received}")
     return dict.fromkeys(names, opt)
 
 
