@@ -651,3 +651,19 @@ def test_plans_for_players_that_are_not_there():
 
     with pytest.raises(ValueError, match="one for each of generator, discriminator; received 'gen', 'discriminator'"):
         GANLearner(nn.Linear(2, 3), nn.Linear(3, 1), X, opt={"gen": "adam", "discriminator": "sgd"}, latent=2)
+
+
+@pytest.mark.parametrize("monitor,valid", [("valid/lss", True), ("valid/loss", False), ("train/los", True)])
+def test_a_plateau_that_would_never_hear_anything_is_said(monitor, valid):
+    dls = DataLoader(TensorDataset(X, Y), batch_size=4)
+    opt = OptimBuilder("sgd", lr=0.1, schedule={"name": "plateau", "monitor": monitor, "mode": "min"})
+    learn = Learner(net(), (dls, dls) if valid else dls, "mse", opt, front="none")
+    with pytest.raises(ValueError, match=monitor):
+        learn.fit(epochs=3)
+    assert learn.step == 6
+
+
+def test_a_plateau_waits_for_a_late_validation():
+    learn = plateau()
+    learn.fit(steps=18, validate_every=9)
+    assert learn.players[0].schedule.update == 2

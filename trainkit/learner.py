@@ -34,8 +34,9 @@ from .metrics import MetricSet
 from .optim import OptimBuilder
 from .plan import Ahead, plan_schedules
 from .player import Player, losses_of, others_of, own_parameters, weighted_sum, whole_batches
+from .schedule import best_mode
 from .settings import KEYS, Settings, load_settings
-from .state import AutoSave, best_mode
+from .state import AutoSave
 
 # %% auto #0
 __all__ = ['SYNONYMS', 'Stoppable', 'two_stage_interrupt', 'Planned', 'Plan', 'Running', 'Ended', 'Fit', 'as_players',

@@ -266,6 +266,14 @@ class Followed(Clock):
             if schedule.monitor in found:
                 schedule.observe(found[schedule.monitor])
 
+    def _check_heard(self) -> None:
+        "ValueError for a schedule that follows what nobody records, once it could have been there."
+        names = self.history.names()
+        validated = not self.loaders.valid or any(name.startswith("valid") for name in names)
+        for schedule in self._ticking.get("metric", ()):
+            if not schedule.heard and (validated or not schedule.monitor.startswith("valid")):
+                raise ValueError(schedule.unheard(names))
+
     def _means(self) -> dict[str, float]:
         "This epoch's means of the training series that a schedule follows."
         followed = {s.monitor for s in self._ticking.get("metric", ())} & {*self.history.names()}
@@ -310,5 +318,6 @@ class Loop(Followed):
         if self.loaders.valid and not self.target.validate_every:
             self._look_on()
         self._follow(self._means())
+        self._check_heard()
         self._count_epoch()
         self.history.mark("epoch", self.step, str(self.epoch))

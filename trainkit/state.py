@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import difflib
 import itertools
-import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -24,11 +23,12 @@ from .device import rng_state, set_rng_state
 from .evaluate import Predict
 from .identity import changes, identity_of
 from .player import Player, load_player, player_state, unwrapped
+from .schedule import best_mode
 
 # %% auto #0
-__all__ = ['PARTS', 'PLAYER', 'SAME_SHAPE', 'MORE', 'LESS', 'AUTOMATIC', 'RestoreError', 'State', 'Parts', 'misshapen',
-           'optimizer_differences', 'groups_of', 'named', 'player_differences', 'overruled', 'Loadable', 'RunFolder',
-           'best_mode', 'Scored', 'Save', 'Restore', 'AutoSave']
+__all__ = ['PARTS', 'PLAYER', 'SAME_SHAPE', 'AUTOMATIC', 'RestoreError', 'State', 'Parts', 'misshapen', 'optimizer_differences',
+           'groups_of', 'named', 'player_differences', 'overruled', 'Loadable', 'RunFolder', 'Scored', 'Save',
+           'Restore', 'AutoSave']
 
 # %% ../nbs/25_state.ipynb #7a8ea63e
 class RestoreError(ValueError):
@@ -251,17 +251,6 @@ class RunFolder(Loadable):
                 store.claim()
         except CheckpointError as error:
             warnings.warn(f"this run can't be kept, training goes on: {error}", stacklevel=3)
-
-# %% ../nbs/25_state.ipynb #29bed572
-MORE = {"acc", "accuracy", "auc", "auroc", "score", "psnr", "ssim", "sdr", "snr", "f1", "iou", "dice", "precision", "recall",
-        "r2", "corr", "map", "ndcg", "bleu", "kappa", "mcc", "stoi", "pesq", "jaccard", "top1", "top5"}  # fmt: skip
-LESS = {"loss", "error", "err", "mse", "mae", "rmse", "mape", "wape", "smape", "nll", "perplexity", "fid", "kid", "huber"}
-
-
-def best_mode(monitor: str) -> str:
-    "Whether 'min' or 'max' of a series is best, by the words of its name; '' when they don't tell."
-    words = re.split(r"[^a-z0-9]+", monitor.rsplit("/", 1)[-1].lower())
-    return "min" if LESS & {*words} else "max" if MORE & {*words} else ""
 
 # %% ../nbs/25_state.ipynb #ba2bb906
 AUTOMATIC = ("valid/score", "valid/loss", "train/loss")  # what best means when nobody says it

@@ -188,8 +188,8 @@ def forms() -> Iterator[tuple[str, bytes]]:
     yield "tuples, 200,000 deep", b")" + b"\x85" * 200_000
     yield "dictionaries, 200,000 deep", (b"}" + text("a")) * 100_000 + b"K\x01" + b"s" * 100_000
     yield "a list in itself", b"]q\x00h\x00a"
-    laugh = b"".join(b"](" + b"h" + bytes([i]) + b"h" + bytes([i]) + b"eq" + bytes([i + 1]) + b"0" for i in range(1, 60))
-    yield "2^59 references to one list", b"]q\x010" + laugh + b"h\x3c"
+    laugh = b"".join(b"](h" + bytes([i, 104, i]) + b"eq" + bytes([i + 1]) for i in range(60))
+    yield "2^60 references to one list", b"](]q\x00" + laugh + b"e"
     yield "an empty pickle", b""
     yield "a stack that runs empty", b"0000"
     yield "a dictionary of wrong keys", b"}((K\x01tK\x01u"
@@ -420,13 +420,18 @@ def _guarded() -> None:
     signal.alarm(SECONDS)
 
 
-def look(tell: Callable[..., None], folder: str, case: str) -> None:
+def make(tell: Callable[..., None], folder: str, case: str) -> None:
+    "A run with a hostile file in it; made by another process than the one whose memory is looked at."
+    supervised(Path(folder) / "run", save_every="epoch").fit(epochs=1)
+    cases()[case](Path(folder) / "run" / "checkpoints" / NAME, Path(folder) / "canary")
+    (Path(folder) / "canary").unlink(missing_ok=True)
+
+
+def look(tell: Callable[..., None], folder: str) -> None:
     "Everything that one may do with a hostile file that somebody sent."
     store, canary = Path(folder) / "run" / "checkpoints", Path(folder) / "canary"
-    supervised(Path(folder) / "run", save_every="epoch").fit(epochs=1)
     os.chdir(folder)
     path = store / NAME
-    cases()[case](path, canary)
     found = next((p for p in store.glob("ckpt-*24*.pt")), path)
     learn = supervised(Path(folder) / "run")
     before, size = digest(learn.state_dict()), min(found.stat().st_size if found.is_file() else 0, 2**28)
@@ -555,9 +560,9 @@ def rows(folder: Path, nursery: Nursery, every: int = 1, mutants: int = 1000) ->
     control = Row("the same code, unpickled by torch.load(weights_only=False)", "it runs: the payloads are real")
     for case in [*cases()][::every]:
         with row.attempt(case):
-            child = nursery.start("hostile", "look", folder=str(folder / "a"), case=case)
             try:
-                _judge(case, child.done(3 * SECONDS)[-1], row)
+                nursery.start("hostile", "make", folder=str(folder / "a"), case=case).done()
+                _judge(case, nursery.start("hostile", "look", folder=str(folder / "a")).done(3 * SECONDS)[-1], row)
             finally:
                 shutil.rmtree(folder / "a", ignore_errors=True)
         if case.removeprefix("code: ") in NAMES:

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ..callback import Callback
-from ..state import AUTOMATIC, best_mode
+from ..schedule import best_mode
+from ..state import AUTOMATIC
 
 # %% auto #0
 __all__ = ['whole', 'nearest', 'Monitor', 'Following', 'Patience', 'EarlyStopping', 'checked_weights', 'NotFound', 'Found',
