@@ -102,7 +102,7 @@ def test_no_state_at_all(learn, state):
         learn.load_state_dict(state)
 
 
-PARTS = ["trainkit.state.load_player", "trainkit.state.set_rng_state", "trainkit.data.BatchStream.load_state_dict",
+PARTS = ["trainkit.state.load_player", "trainkit.randomness.set_rng_state", "trainkit.data.BatchStream.load_state_dict",
          "trainkit.history.History.load_state_dict", "trainkit.learner.Learner.go_to"]  # fmt: skip
 
 

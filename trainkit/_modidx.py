@@ -1197,6 +1197,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'trainkit.learner.Kept': ('learner.html#kept', 'trainkit/learner.py'),
                                   'trainkit.learner.Kept._remember': ('learner.html#kept._remember', 'trainkit/learner.py'),
                                   'trainkit.learner.Kept.identity': ('learner.html#kept.identity', 'trainkit/learner.py'),
+                                  'trainkit.learner.Kept.resume_report': ('learner.html#kept.resume_report', 'trainkit/learner.py'),
                                   'trainkit.learner.Learner': ('learner.html#learner', 'trainkit/learner.py'),
                                   'trainkit.learner.Learner.__init__': ('learner.html#learner.__init__', 'trainkit/learner.py'),
                                   'trainkit.learner.Placed': ('learner.html#placed', 'trainkit/learner.py'),

@@ -19,7 +19,6 @@ import torch
 
 from .callback import Callback, CallbackList, CancelFit, CancelTurn
 from .data import EpochStart
-from .device import rng_state, set_rng_state
 from .history import History
 from .learner import Learner
 from .lr_curve import LRFind, ladder, verdict
@@ -60,7 +59,7 @@ class Kept:
     def __init__(self, learn: Learner):
         self.learn, self.stream = learn, copy.deepcopy(learn.stream.state_dict())
         self.start = EpochStart.of(learn.stream.source.loader)
-        self.position, self.rng = copy.deepcopy(learn.position()), rng_state()
+        self.position, self.rng = copy.deepcopy(learn.position()), learn.random.state_dict()
         self.players = copy.deepcopy([player_state(player) for player in learn.players])
         self.trainable = [(t, t.requires_grad) for t in tensors_of(learn)]
         self.loose = [(t, t.detach().clone()) for t in loose_of(learn)]
@@ -86,7 +85,7 @@ class Kept:
         self.learn.stream.load_state_dict(self.stream)
         self.start.set_generators(self.learn.stream.source.loader)
         replace_attributes(self.learn, self.attributes[0])  # those that `go_to` made
-        set_rng_state(self.rng)
+        self.learn.random.load_state_dict(self.rng)
 
 # %% ../nbs/29a_finder.ipynb #a45224a7
 def put_back_player(player: Player, state: dict[str, Any], attributes: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .callback import Callback, CancelFit
 from .checkpoint import Checkpoints
-from .data import BatchStream, Loaders, as_loaders, checked_split, describe, length_of, split_batch, worker_safe
+from .data import Loaders, as_loaders, checked_split, describe, length_of, split_batch
 from .device import (
     Precision, apply_channels_last, compile_module, pick_device, seed_everything, wants_channels_last)  # fmt: skip
 from .environment import where
@@ -34,7 +34,10 @@ from .metrics import MetricSet
 from .optim import OptimBuilder
 from .plan import Ahead, plan_schedules
 from .player import Player, losses_of, others_of, own_parameters, weighted_sum, whole_batches
+from .report import Report, resume_report
 from .schedule import best_mode
+from .randomness import RandomState
+from .seeds import SeededStream
 from .settings import KEYS, Settings, load_settings
 from .state import AutoSave
 
@@ -248,7 +251,7 @@ class Fit(Ended):
             raise RuntimeError("this learner is training; one fit at a time")
         modes, self._fitting, self._stopping = [(module, module.training) for module in self.modules()], True, None
         try:
-            with two_stage_interrupt(self._interrupted):
+            with two_stage_interrupt(self._interrupted), self.random.wear():
                 self._prepare(target)
                 self._run()
         except CancelFit:
@@ -393,6 +396,10 @@ class Placed(Steps):
 class Kept(Placed):
     "Keeps a run on disk."
 
+    def resume_report(self) -> Report:
+        "What of this run would not be restored exactly, and what to do about it; empty when everything is."
+        return resume_report(self)
+
     def identity(self) -> dict[str, dict[str, str]]:
         "What the run is made of: versions, code of one's own, losses and data."
         return identity_of(self, Steps)
@@ -483,11 +490,12 @@ class Learner(Shown):
         self.settings, self.typed = load_settings(**settings), [*settings]
         if self.settings.seed is not None:
             seed_everything(self.settings.seed)
+        self.random = RandomState(self.settings.seed)
         self.players, self.split = gathering(as_players(model, loss, opt), accumulate), checked_split(split)
         loaders = as_loaders(dls, batch_size=self.settings.batch_size)
-        valid, test = ({name: worker_safe(dl) for name, dl in dls.items()} for dls in (loaders.valid, loaders.test))
+        self.stream = SeededStream(loaders.train if loaders.train is not None else [], seed=self.settings.seed)
+        valid, test = ({name: self.stream.beside(dl, name) for name, dl in dls.items()} for dls in (loaders.valid, loaders.test))
         self.loaders = Loaders(loaders.train, valid, test)
-        self.stream = BatchStream(loaders.train if loaders.train is not None else [])
         self.metrics = MetricSet(metrics)
         super().__init__(cbs)
         self._place(compile)

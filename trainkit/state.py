@@ -19,10 +19,10 @@ from torch import Tensor
 from .callback import Callback
 from .checkpoint import CheckpointError, Checkpoints, Entry, Which, diff_state, made_folder
 from .data import BatchStream, describe
-from .device import rng_state, set_rng_state
 from .evaluate import Predict
 from .identity import changes, identity_of
 from .player import Player, load_player, player_state, unwrapped
+from .randomness import RandomState
 from .schedule import best_mode
 
 # %% auto #0
@@ -39,6 +39,7 @@ class State(Predict):
     "The learner as plain data."
 
     stream: BatchStream
+    random: RandomState = RandomState()  # the shared one, or that of a learner with a seed
     player: Any = None  # whose turn it is
     _lrs: dict[str, float]  # per player, the learning rate last recorded
 
@@ -64,7 +65,7 @@ class State(Predict):
             "callbacks": {key: state for key, cb in self.cbs.keyed().items() if (state := cb.state_dict())},
             "said": {key: self._fresh[id(cb)][1] for key, cb in self.cbs.keyed().items()},
             "history": self.history.state_dict(),
-            "rng": rng_state(),
+            "rng": self.random.state_dict(),
         }
 
 # %% ../nbs/25_state.ipynb #c16c890c
@@ -83,7 +84,7 @@ class Parts(State):
                 yield partial(cb.load_state_dict, loaded)
         yield partial(self.history.load_state_dict, state["history"])
         yield lambda: setattr(self, "_lrs", {p.name: self.history.last(f"lr/{p.name}") for p in self.players})
-        yield partial(set_rng_state, state["rng"])
+        yield partial(self.random.load_state_dict, state["rng"])
 
     def _load(self, state: dict[str, Any]) -> None:
         for load in self._parts(state):
