@@ -157,6 +157,8 @@ def read_entry(
     if meta:
         with contextlib.suppress(CheckpointError):
             _describe(path, meta)
+            if not path.exists():  # deleted meanwhile, by another process
+                path.with_suffix(".json").unlink(missing_ok=True)
     return entry
 
 # %% ../nbs/23_checkpoint.ipynb #b7706ba3
