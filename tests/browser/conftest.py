@@ -32,7 +32,8 @@ class Lab:
     token: str
 
     def address(self, notebook: str) -> str:
-        return f"{self.url}/lab/tree/{notebook}?token={self.token}"
+        "In a workspace of its own, so that no notebook of another test is open beside it."
+        return f"{self.url}/lab/workspaces/{Path(notebook).stem}/tree/{notebook}?reset&token={self.token}"
 
 
 def _answers(lab: Lab) -> bool:
