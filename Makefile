@@ -19,7 +19,7 @@ unexport PYTHONHOME PYTHONPATH
 
 headline = @printf '\n== %s\n' '$(1)'
 
-.PHONY: help demo lab test export clean drift unclean readme lint types notebooks unit browser chromium
+.PHONY: test-kernels help demo lab test export clean drift unclean readme lint types notebooks unit browser chromium
 
 help:
 	@sed -n '1,/^$$/s/^# //p' Makefile
@@ -90,6 +90,12 @@ notebooks: $(STAMP)
 unit: $(STAMP)
 	$(call headline,tests)
 	@$(BIN)/python -m pytest -m 'not slow and not cuda' --ignore tests/browser
+
+# not part of `make test`, as it installs several versions of ipykernel: 6.31, 7.3 and the newest
+test-kernels: export OMP_NUM_THREADS := 1
+test-kernels: $(STAMP)
+	$(call headline,tests with several versions of ipykernel)
+	@$(BIN)/python tools/kernels.py $(KERNEL_TESTS)
 
 browser: chromium $(STAMP)
 	$(call headline,tests in a browser)

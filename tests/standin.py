@@ -5,7 +5,9 @@ import time
 import torch
 
 from trainkit.callback import EVENTS, CallbackList
+from trainkit.controls import Control
 from trainkit.history import History
+from trainkit.journal import Journal
 
 
 class Run:
@@ -17,16 +19,34 @@ class Run:
         self.batches, self.seconds, self.valid, self.sized = batches, seconds, valid, sized
         self.batches_per_epoch = batches if sized else None
         self.fit_steps, self.state, self.error, self.name, self.device = None, "idle", None, "run", torch.device("cpu")
+        self.target_epoch, self._began = None, time.monotonic()
+        self.journal, self.checkpoints = Journal(), None
         if pictures: self.sample_fixed = lambda: torch.full((8, 1, 8, 8), math.sin(self.step))
 
     def emit(self, event):
         assert event in EVENTS
         for act in self.cbs.handlers(event): act(self)
 
+    def status(self):
+        "What a learner tells a display."
+        losses = {n.split("/")[1]: float(v[-20:].mean()) for n, (_, v) in self.history.snapshot().scalars.items()
+                  if n.startswith("train/")}  # fmt: skip
+        return {"name": "Run", "run": None if self.run is None else str(self.run), "state": self.state, "paused": False,
+                "step": self.step, "start": self.fit_start, "steps": self.fit_steps, "epoch": self.epoch,
+                "epochs": self.target_epoch, "batch": self.batch_idx, "batches": self.batches_per_epoch, "rate": None,
+                "elapsed": time.monotonic() - self._began, "eta": None, "device": "cpu", "memory": 123_000_000,
+                "error": "" if self.error is None else f"{type(self.error).__name__}: {self.error}", "losses": losses}
+
+    def controls(self):
+        "One knob, which turns nothing."
+        return [Control("lr", "generator", (0.1,), ("",), 0.0, 1.0, (0.01, 1.0), log=True)]
+
     def fit(self, epochs=1, end="finished", at=None):
         "Train; at step `at`, end by state `end` ('stopped', 'interrupted') or by raising it."
-        self.fit_start, self.state, self.error = self.step, "training", None
+        self.fit_start, self.state, self.error, self._began = self.step, "training", None, time.monotonic()
+        self.target_epoch = self.epoch + epochs
         self.fit_steps = epochs * self.batches - self.batch_idx if self.sized else None
+        for cb in self.cbs: cb.setup(self)
         try:
             self.emit("before_fit")
             self._epochs(self.epoch + epochs, end, at)

@@ -172,7 +172,7 @@ def test_B9_nothing_is_renamed_before_the_new_one_is_there(tmp_path, monkeypatch
     learn = learner(run=tmp_path / "run")
     learn.fit(epochs=1)
     names = sorted(p.name for p in learn.checkpoints.folder.iterdir())
-    monkeypatch.setattr("trainkit.checkpoint.torch.save", lambda *a, **k: (_ for _ in ()).throw(OSError("killed here")))
+    monkeypatch.setattr("trainkit.storage.torch.save", lambda *a, **k: (_ for _ in ()).throw(OSError("killed here")))
     with pytest.raises(Exception, match="killed here"):
         learn.save()
     assert sorted(p.name for p in learn.checkpoints.folder.iterdir()) == names

@@ -26,6 +26,7 @@ from trainkit.callback import (
     CancelBatch,
     CancelEpoch,
     CancelFit,
+    CancelPause,
     CancelTurn,
     CancelValidate,
     On,
@@ -120,7 +121,7 @@ def expected(scope, counts, inside=None):
         else:
             for item in scope.inside:
                 if isinstance(item, str):
-                    out += [item] if item in EVENTS else []
+                    out += [item] if item in EVENTS and item != "after_command" else []  # nobody sends any
                 else:
                     out += expected(item, counts)
         out += [f"after_{scope.name}", f"cleanup_{scope.name}"]
@@ -131,7 +132,7 @@ def test_the_loop_is_the_table():
     dls = (DataLoader(TensorDataset(X, Y), batch_size=8), DataLoader(TensorDataset(X, Y), batch_size=16))
     learn = learner(dls=dls, cbs=[record := Record()])
     learn.fit(epochs=2)
-    assert record.seen == expected(FIT, {"epoch": 2, "batch": 5, "validate_batches": 3})
+    assert record.seen == expected(FIT, {"epoch": 2, "batch": 5, "validate_batches": 3, "pause": 0})
     record.seen.clear()
     learn.test(dls[1])
     assert record.seen == expected(TEST, {"test_batches": 3})
@@ -149,12 +150,15 @@ def test_each_player_has_its_turn():
 
 # ---------------------------------------------------------------------------------------------- every way of ending
 
-CANCEL = {"turn": CancelTurn, "batch": CancelBatch, "epoch": CancelEpoch, "validate": CancelValidate, "fit": CancelFit}
+CANCEL = {"turn": CancelTurn, "pause": CancelPause, "batch": CancelBatch, "epoch": CancelEpoch, "validate": CancelValidate,
+          "fit": CancelFit}  # fmt: skip
 IN_TURN = ("after_forward", "after_loss", "before_backward", "after_backward", "before_step", "after_step")
 INSIDE = dict.fromkeys(IN_TURN, "turn") | dict.fromkeys(("before_validate_batch", "after_validate_batch"), "validate")
+INSIDE["after_command"] = "command"
 FIT_EVENTS = [text for _, text in FIT.rows() if text in EVENTS]
 OUTER = {"turn": ["turn", "batch", "epoch", "fit"], "batch": ["batch", "epoch", "fit"], "epoch": ["epoch", "fit"],
-         "validate": ["validate", "epoch", "fit"], "fit": ["fit"]}  # fmt: skip
+         "validate": ["validate", "epoch", "fit"], "pause": ["pause", "epoch", "fit"], "command": ["epoch", "fit"],
+         "fit": ["fit"]}  # fmt: skip
 
 
 def level(event):
@@ -175,6 +179,17 @@ class Bomb(Callback):
         if self.left == 0:
             self.fired = True
             raise self.error
+
+
+class Nap(Callback):
+    "Holds the run after its first steps, and lets it go on."
+
+    def after_batch(self, learn):
+        if learn.step in (1, 2):
+            learn.send("pause")
+
+    def before_pause(self, learn):
+        learn.send("resume")
 
 
 def assert_fresh(learn, modes, flags, handler):
@@ -199,7 +214,7 @@ def run_with(event, error, n, where, monkeypatch):
     modes = [m.training for module in modules for m in module.modules()]
     flags = [p.requires_grad for module in modules for p in module.parameters()]
     handler = signal.getsignal(signal.SIGINT)
-    learn.add(record := Record(), bomb := Bomb(event, error, n))
+    learn.add(record := Record(), bomb := Bomb(event, error, n), Nap())
     caught = None
     try:
         learn.fit(epochs=3)
@@ -250,7 +265,7 @@ def test_cancel_at_every_event(event, scope, monkeypatch):
         assert learn.epoch == 3
         lost = 0  # steps that the cancelled epoch did not make: it was cancelled before its first, after it, or at its end
         if scope == "epoch":
-            lost = 5 if event == "before_epoch" else 4 if level(event) in ("turn", "batch") else 0
+            lost = 5 if event == "before_epoch" else 4 if level(event) in ("turn", "batch", "pause", "command") else 0
         assert learn.step == 15 - lost
     if event not in (f"after_{scope}", f"cleanup_{scope}"):
         assert record.seen.count(f"after_{scope}") == record.seen.count(f"before_{scope}") - 1

@@ -37,7 +37,7 @@ def test_agreed_defaults():
         ("trainkit", "device"): "auto", ("trainkit", "precision"): "fp32", ("trainkit", "channels_last"): "auto",
         ("trainkit", "batch_size"): 64, ("trainkit", "seed"): None, ("trainkit", "runs"): "runs",
         ("trainkit", "save_every"): "epoch", ("trainkit", "keep"): 3,
-        ("trainkit", "keep_best"): 1, ("trainkit", "keep_every"): None, ("trainkit", "monitor"): "",
+        ("trainkit", "keep_best"): 1, ("trainkit", "keep_every"): None, ("trainkit", "monitor"): "", ("trainkit", "signals"): "",
         ("trainkit", "mode"): "auto", ("trainkit", "front"): "trainkit.ui.front:front", ("trainkit", "refresh"): 1.0,
         ("optimizer", "name"): "adamw", ("optimizer", "lr"): 1e-3, ("optimizer", "weight_decay"): None,
         ("optimizer", "betas"): None, ("optimizer", "momentum"): None, ("optimizer", "fused"): "auto",

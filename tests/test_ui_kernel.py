@@ -90,12 +90,14 @@ def kernel():
     manager.shutdown_kernel(now=True)
 
 
-def check_static(out, word):
-    "A last word without bars, then curves and samples as pictures that need nobody."
-    bars, curves, samples = out.last
+def check_static(out, word, watched=True):
+    "A last word without bars, then curves and samples as pictures that need nobody: in one of a dashboard, else in two."
+    bars, *pictures = out.last
+    assert len(pictures) == (1 if watched else 2)
     assert f'class="end {word}"' in bars["text/html"] and "<progress" not in bars["text/html"]
     assert "<style>" in bars["text/html"] and bars["text/plain"].splitlines()[-1].startswith(word)
-    for picture in (curves, samples):
+    assert set(bars) == {"text/html", "text/plain"}
+    for picture in pictures:
         assert set(picture) == {"image/png", "text/plain"} and len(picture["image/png"]) > 100
 
 
@@ -103,33 +105,39 @@ def check_static(out, word):
 def test_what_stays_is_static(kernel, watched):
     out = kernel.run("watched(batches=40, seconds=0.02).fit(2)", watched)
     assert out.status == "ok"
-    check_static(out, "finished")
+    check_static(out, "finished", watched)
     assert out.streams == ""
-    live = [WIDGET in bundles[0] for bundles in out.shown.values()]
-    assert live == ([False, True, True] if watched else [False] * 3)  # widgets only where they can be seen
-    assert sorted(out.opened) == sorted(out.closed)  # and none stays behind
-    assert all("image/png" in bundles[0] for bundles in list(out.shown.values())[1:])  # saved while it runs: a picture
+    live = [[WIDGET in bundle for bundle in bundles] for bundles in out.shown.values()]
+    if not watched:  # widgets only where they can be seen
+        assert not any(map(any, live)) and out.opened == []
+        assert all("image/png" in bundles[0] for bundles in list(out.shown.values())[1:])
+    else:
+        assert live == [[False, True, False], [False, False]]
+        assert "image/png" in list(out.shown.values())[0][1]  # saved while it runs: a picture
 
 
 def test_messages_and_bytes_do_not_grow_with_steps(kernel):
-    "A hundred times the steps cost no more than the time they take."
+    "A hundred times the steps cost no more than the time they take, beside what the widgets cost to make."
+    def live(out): return [size for kind, size in out.messages if kind in ("comm_msg", "update_display_data")]
+
     kernel.run("watched(batches=2).fit(1)")
+    made = len(live(kernel.run("watched(batches=2).fit(1)")))
     for steps in (50, 5000):
         out = kernel.run(f"watched(batches={steps}, seconds={1.5 / steps}).fit(1)")
-        live = [size for kind, size in out.messages if kind in ("comm_msg", "update_display_data")]
-        assert len(live) <= 5 * out.seconds + 10, (steps, out.seconds, len(live))
-        assert sum(live) < 100_000 * out.seconds + 600_000, (steps, out.seconds, sum(live))
+        assert len(live(out)) <= made + 10 * out.seconds, (steps, out.seconds, made, len(live(out)))
+        assert sum(live(out)) < 100_000 * out.seconds + 600_000, (steps, out.seconds, sum(live(out)))
 
 
 def test_many_epochs_cost_no_more(kernel):
+    made = len(kernel.run("watched(batches=2).fit(1)").messages)
     out = kernel.run("watched(batches=2).fit(500)")
-    assert len(out.messages) <= 6 * out.seconds + 20
+    assert len(out.messages) <= made + 10 * out.seconds + 20
     assert max(size for kind, size in out.messages) < 400_000
 
 
 def test_every_cell_has_its_own_display_with_styles(kernel):
     out = kernel.run("learn = line(); learn.fit(epochs=1); learn.fit(epochs=1)")
-    bars = [b for b in out.last if "text/html" in b]
+    bars = [b for b in out.last if "text/html" in b and WIDGET not in b]
     assert len(bars) == 2 and all("<style>" in b["text/html"] for b in bars)
     again = kernel.run("learn.fit(epochs=1)")
     assert "<style>" in again.last[0]["text/html"] and not set(again.shown) & set(out.shown)
@@ -166,7 +174,7 @@ def test_without_ipywidgets(kernel):
         finally:
             del sys.modules['ipywidgets']
             if kept is not None: sys.modules['ipywidgets'] = kept""")
-    check_static(out, "finished")
+    check_static(out, "finished", watched=False)
     assert out.opened == [] and "UserWarning: not installed: ipywidgets" in out.streams
 
 

@@ -1,3 +1,16 @@
 """Watch, steer, go back: interactive training for PyTorch, at home in Jupyter."""
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .attached import Attached
+
 __version__ = "0.1.0"
+
+
+def attach(run: "str | Path") -> "Attached":
+    "Steer a run that trains in another process, through its folder."
+    from .attached import attach
+
+    return attach(run)

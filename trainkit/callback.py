@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 # %% auto #0
-__all__ = ['TURN', 'VALIDATE', 'FIT', 'TEST', 'PREDICT', 'EVENTS', 'Scope', 'Cancel', 'CancelTurn', 'CancelStep', 'CancelBatch',
-           'CancelEpoch', 'CancelValidate', 'CancelFit', 'Callback', 'On', 'check_event', 'check_callback',
-           'CallbackSet', 'CallbackList', 'loop_picture', 'Emitter', 'Scopes']
+__all__ = ['TURN', 'PAUSE', 'VALIDATE', 'FIT', 'TEST', 'PREDICT', 'EVENTS', 'Scope', 'Cancel', 'CancelTurn', 'CancelStep',
+           'CancelPause', 'CancelBatch', 'CancelEpoch', 'CancelValidate', 'CancelFit', 'Callback', 'On', 'check_event',
+           'check_callback', 'CallbackSet', 'CallbackList', 'loop_picture', 'Emitter', 'Scopes']
 
 # %% ../nbs/20_callback.ipynb #13e46bb6
 @dataclass(frozen=True)
@@ -43,21 +43,23 @@ class Scope:
 TURN = Scope("turn", "for each player whose turn it is", (
     "· forward", "after_forward", "· loss", "after_loss", "before_backward", "· backward", "after_backward",
     "before_step", "· optimizer step", "after_step"))  # fmt: skip
+PAUSE = Scope("pause", "while the run is paused", ("· commands", "after_command"))
 VALIDATE = Scope("validate", "validate, for each batch of each loader", (
     "before_validate_batch", "· validation_step", "after_validate_batch"))  # fmt: skip
 FIT = Scope("fit", "fit", (
-    Scope("epoch", "for each epoch", (Scope("batch", "for each batch", (TURN,)), VALIDATE)),))  # fmt: skip
+    Scope("epoch", "for each epoch", (
+        "· commands", "after_command", PAUSE, Scope("batch", "for each batch", (TURN,)), VALIDATE)),))  # fmt: skip
 TEST = Scope("test", "test, for each batch of each loader", (
     "before_test_batch", "· test_step", "after_test_batch"))  # fmt: skip
 PREDICT = Scope("predict", "predict, for each batch", (
     "before_predict_batch", "· predict_step", "after_predict_batch"))  # fmt: skip
 
-EVENTS = tuple(
+EVENTS = tuple(dict.fromkeys(
     text
     for scope in (FIT, TEST, PREDICT)
     for _, text in scope.rows()
     if re.fullmatch(r"(before|after|cleanup)_\w+", text)
-)
+))  # fmt: skip
 
 # %% ../nbs/20_callback.ipynb #a35d0ad9
 class Cancel(Exception):
@@ -70,6 +72,10 @@ class CancelTurn(Cancel):
 
 class CancelStep(Cancel):
     "The player makes no optimizer step in this turn, and its gradients are dropped. To be raised up to `before_step`."
+
+
+class CancelPause(Cancel):
+    "The pause is over, and the training goes on."
 
 
 class CancelBatch(Cancel):
@@ -95,6 +101,7 @@ class Callback:
     many: bool = False  # may one learner hold several? Otherwise a new one takes the place of the old
     requires: tuple[type | str, ...] = ()  # classes (or their names) that must be attached, too
     conflicts: tuple[type | str, ...] = ()  # classes (or their names) that must not
+    knobs: tuple[Any, ...] = ()  # attributes that may be moved while a run trains: `(Knob("amount", 0.0, 0.3),)`
     probing: bool = True  # does it act in a trial run, too, whose results are thrown away? Views and savers don't
 
     @property

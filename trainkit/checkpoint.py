@@ -15,6 +15,7 @@ import math
 import os
 import pkgutil
 import platform
+import stat
 import time
 import uuid
 import warnings
@@ -25,10 +26,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from .storage import FORMAT, Background, clear_leftovers, fault_of, load_content, write_atomically
+from .storage import FORMAT, Background, clear_leftovers, fault_of, load_content, save_checked, write_atomically
 from .storage import CheckpointError as CheckpointError  # people look for these here, too
 from .storage import check_plain as check_plain
 from .storage import diff_state as diff_state
@@ -40,11 +40,16 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 # %% auto #0
-__all__ = ['ODD', 'Which', 'COLUMNS', 'Entry', 'checked_meta', 'numbered', 'digest', 'read_side', 'read_entry', 'meant',
-           'nothing_meant', 'ranked', 'Shelf', 'made_folder', 'Claimed', 'Locked', 'whole_or_none', 'Retention',
-           'Writable', 'Readable', 'Checkpoints']
+__all__ = ['ODD', 'Which', 'COLUMNS', 'printable', 'Entry', 'checked_meta', 'numbered', 'digest', 'small_text', 'read_side',
+           'read_entry', 'meant', 'nothing_meant', 'ranked', 'Shelf', 'made_folder', 'Claimed', 'Locked',
+           'whole_or_none', 'Retention', 'Writable', 'Readable', 'Checkpoints']
 
 # %% ../nbs/23_checkpoint.ipynb #1873f079
+def printable(text: str) -> str:
+    "A text as it may go to a terminal: what would steer it is spelled out."
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 @dataclass(frozen=True, repr=False)
 class Entry:
     "One checkpoint: which, when, how good."
@@ -60,7 +65,7 @@ class Entry:
     thumbnail: bytes | None = None  # a PNG
 
     def __repr__(self) -> str:
-        said = [f"step {self.step}", *(f"{k} {self.info[k]}" for k in ("epoch", "note") if self.info.get(k))]
+        said = [f"step {self.step}", *(printable(f"{k} {self.info[k]}") for k in ("epoch", "note") if self.info.get(k))]
         said += [] if self.score is None else [f"score {self.score:.4g}"]
         said += ["pinned"] if self.pinned else []
         return f"checkpoint {self.id!r}: {', '.join(said)} ({self.path})"
@@ -74,7 +79,11 @@ class Entry:
     def score(self) -> float | None:
         "The number that tells checkpoints apart; None when there is none, or NaN."
         score = self.info.get("score")
-        return None if not isinstance(score, (int, float)) or math.isnan(score) else float(score)
+        try:
+            number = float(score) if isinstance(score, (int, float)) else math.nan
+        except OverflowError:  # a whole number of more digits than anybody's metric has
+            number = math.nan
+        return None if math.isnan(number) else number
 
 # %% ../nbs/23_checkpoint.ipynb #56f92870
 def _jsonable(x: Any, path: str = "info") -> Any:
@@ -129,14 +138,21 @@ def _describe(path: Path, meta: Mapping[str, Any]) -> None:
     write_atomically(path.with_suffix(".json"), lambda file: file.write(data))
 
 
+def small_text(path: Path, most: int = 2**24) -> str:
+    "The text of a file; ValueError when it is no file, or a gigantic one."
+    if not stat.S_ISREG((found := path.stat()).st_mode) or found.st_size > most:
+        raise ValueError(f"{path} is no file of at most {most >> 20} MB")
+    return path.read_text()
+
+
 def read_side(path: Path) -> dict[str, Any]:
     "The JSON file beside a checkpoint; ValueError when it isn't what was written."
-    meta = json.loads(path.with_suffix(".json").read_text())
+    meta = json.loads(small_text(path.with_suffix(".json")))
     if not isinstance(meta, dict) or meta.get("digest") != digest(path, meta):
         raise ValueError(f"{path.with_suffix('.json')} was changed, or belongs to another checkpoint")
     return checked_meta(meta) and meta
 
-
+# %% ../nbs/23_checkpoint.ipynb #89bfd9d9
 def read_entry(
     path: Path,  # a checkpoint file
 ) -> Entry:
@@ -150,7 +166,7 @@ def read_entry(
         side = path.with_suffix(".json")
         warnings.warn(f"{side} can't be trusted and is made again from the checkpoint: {error}", stacklevel=3)
     try:
-        meta = json.loads(load_content(path, mmap=True)["meta"]) if not fault_of(path) else {}
+        meta = json.loads(load_content(path, mapped=True)["meta"]) if not fault_of(path) else {}
         entry = _entry(path, meta)
     except (CheckpointError, *ODD):
         return _entry(path, {})
@@ -171,9 +187,9 @@ def meant(
 ) -> list[Entry]:
     "Those of the entries that are meant, in their order."
     if isinstance(which, (Entry, Path)):
-        path = (which.path if isinstance(which, Entry) else which).resolve()
+        path = os.path.realpath(which.path if isinstance(which, Entry) else which)
         time = which.time if isinstance(which, Entry) else 0  # 0: not known
-        return [e for e in entries if e.path.resolve() == path and (e.time == time or 0 in (e.time, time))]
+        return [e for e in entries if os.path.realpath(e.path) == path and (e.time == time or 0 in (e.time, time))]
     name = which.removeprefix("ckpt-").removesuffix(".pt").lstrip("0") or "0" if isinstance(which, str) else None
     return [e for e in entries if which == "last" or e.id == name or e.step == which]
 
@@ -183,6 +199,8 @@ def nothing_meant(which: Which, entries: Sequence[Entry], folder: Path) -> Check
     why = " (none of them has a score)" if which == "best" and entries else ""
     if isinstance(which, Entry) and meant(which.path, entries):
         why = f" ({which.path.name} is another one, saved later)"
+    if odd := [path.name for path in folder.glob("ckpt-*.pt") if not path.is_file()]:
+        why += f" ({', '.join(odd)}: no files)"
     said, there = repr(which).removeprefix("checkpoint "), ", ".join(e.id for e in entries) or "none"
     return CheckpointError(f"there is no checkpoint {said} in {folder}; there is: {there}{why}")
 
@@ -253,8 +271,8 @@ def _free_path(folder: Path, step: int) -> Path:
 
 def _remove(path: Path) -> None:
     "Delete a checkpoint; what describes it goes first, so that no description is left for another file of that name."
-    path.with_suffix(".json").unlink(missing_ok=True)
-    path.unlink(missing_ok=True)
+    for gone in (side := path.with_suffix(".json"), path, side):  # again: a reader may have written it anew
+        gone.unlink(missing_ok=True)
 
 # %% ../nbs/23_checkpoint.ipynb #bd87be3a
 class Claimed(Shelf):
@@ -273,7 +291,7 @@ class Claimed(Shelf):
     def owner(self) -> dict[str, Any]:
         "Who claimed the folder, every value as text; empty when nobody did, or it can't be read."
         try:
-            found = json.loads((self.folder / "owner.json").read_text())
+            found = json.loads(small_text(self.folder / "owner.json"))
             return {key: f"{value}"[:80] for key, value in found.items() if isinstance(value, (str, int, float))}
         except ODD:
             return {}
@@ -393,7 +411,7 @@ class Writable(Retention):
         return _entry(path, meta, size=0)
 
     def _write(self, path: Path, content: dict[str, Any], meta: Mapping[str, Any]) -> None:
-        write_atomically(path, lambda file: torch.save(content, file))
+        write_atomically(path, partial(save_checked, content))
         with contextlib.suppress(CheckpointError):  # it can be written again from the checkpoint
             _describe(path, meta)
         self.retire()
@@ -410,6 +428,16 @@ class Writable(Retention):
         return None if self._background is None else self._background.problem()
 
 # %% ../nbs/23_checkpoint.ipynb #d650ba76
+def _said_after(path: Path, seq: int) -> bool:
+    "Was a checkpoint saved after that place in the order, by its description? So it may be when that can't be read."
+    try:
+        return int(read_side(path).get("seq", -1)) > seq
+    except FileNotFoundError:
+        return False
+    except ODD:
+        return True
+
+# %% ../nbs/23_checkpoint.ipynb #34b3e6b5
 class Readable(Writable):
     "A shelf whose checkpoints are given back."
 
@@ -418,14 +446,23 @@ class Readable(Writable):
         if which != "last" or not len(self):
             entry = self.find(which)
             return self._read(entry), entry
-        if gone := [p.name for p in sorted(self.folder.glob("ckpt-*.json")) if not p.with_suffix(".pt").exists()]:
-            warnings.warn(f"in {self.folder}, {', '.join(gone)} describe checkpoints that are gone", stacklevel=3)
+        if gone := self._gone():
+            sides, files = (", ".join(f"{name}.{kind}" for name in gone) for kind in ("json", "pt"))
+            warnings.warn(f"in {self.folder}, {sides} describe checkpoints that are gone: {files}", stacklevel=3)
         for entry in reversed(self.list()):
             try:
                 return self._read(entry), entry
             except CheckpointError as error:
+                if not entry.path.exists():  # deleted meanwhile by who writes here; there are newer ones
+                    return self.load(which)
                 warnings.warn(f"{error}. Going back to the checkpoint before it", stacklevel=2)
         raise CheckpointError(f"no checkpoint in {self.folder} can be read")
+
+    def _gone(self) -> list[str]:
+        "Names of checkpoints that are described and aren't there, and would be the last."
+        last = next((entry.seq for entry in reversed(self.list())), -1)
+        files = (path.with_suffix(".pt") for path in sorted(self.folder.glob("ckpt-*.json")))
+        return [path.stem for path in files if not path.is_file() and _said_after(path, last)]
 
     def _read(self, entry: Entry) -> dict[str, Any]:
         content = read_checkpoint(entry.path)
@@ -485,7 +522,7 @@ def _row(entry: Entry, best: Entry | None) -> tuple[str, ...]:
     marks = ["pinned"] * entry.pinned + ["best"] * (entry == best) + ["unreadable"] * (entry.seq < 0)
     score = "" if entry.score is None else f"{entry.score:.4g}"
     saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.time)) if entry.time else ""
-    note, epoch = str(entry.info.get("note") or ""), str(entry.info.get("epoch", ""))
+    note, epoch = printable(str(entry.info.get("note") or "")), printable(str(entry.info.get("epoch", "")))
     return " ".join(marks), entry.id, epoch, score, note, saved, f"{entry.size / 1e6:.2f}"
 
 

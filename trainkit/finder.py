@@ -20,6 +20,7 @@ import torch
 from .callback import Callback, CallbackList, CancelFit, CancelTurn
 from .data import EpochStart
 from .history import History
+from .journal import Journal
 from .learner import Learner
 from .lr_curve import LRFind, ladder, verdict
 from .player import Player, load_player, player_state
@@ -142,7 +143,7 @@ def trial_run(learn: Learner) -> Iterator[None]:
     with late_interrupt():
         cbs, kept = copies_for_trial(learn), Kept(learn)
         try:
-            learn.history, learn.run, learn.checkpoints = History(), None, None
+            learn.history, learn.journal, learn.run, learn.checkpoints = History(), Journal(), None, None
             learn._fronted, learn.owed = True, False
             learn.cbs = CallbackList(cbs)
             learn._bind()

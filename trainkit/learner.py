@@ -9,27 +9,31 @@ import difflib
 import inspect
 import pkgutil
 import signal
+import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from .background import HEADLESS, FitThread, error_block, headless, join_listening
 from .callback import Callback, CancelFit
-from .checkpoint import Checkpoints
+from .checkpoint import Checkpoints, Entry
 from .data import Loaders, as_loaders, checked_split, describe, length_of, split_batch
 from .device import (
     Precision, apply_channels_last, compile_module, pick_device, seed_everything, wants_channels_last)  # fmt: skip
 from .environment import where
 from .evaluate import set_mode
+from .failure import Replaying
 from .history import History
 from .identity import identity_of
-from .loop import Loop, Pause, Target, count
+from .loop import Pause, Target, count
 from .metrics import MetricSet
 from .optim import OptimBuilder
 from .plan import Ahead, plan_schedules
@@ -40,25 +44,17 @@ from .randomness import RandomState
 from .seeds import SeededStream
 from .settings import KEYS, Settings, load_settings
 from .state import AutoSave
+from .status import Pace
+from .ways import Listener, listeners
 
 # %% auto #0
-__all__ = ['SYNONYMS', 'Stoppable', 'two_stage_interrupt', 'Planned', 'Plan', 'Running', 'Ended', 'Fit', 'as_players',
-           'gathering', 'Steps', 'blaming', 'Placed', 'Kept', 'Shown', 'check_keywords', 'Learner']
+__all__ = ['SYNONYMS', 'Stoppable', 'two_stage_interrupt', 'Planned', 'Plan', 'Running', 'Ended', 'Begun', 'Trained', 'Apart',
+           'Awaited', 'Fit', 'as_players', 'gathering', 'Steps', 'blaming', 'Placed', 'Kept', 'Shown', 'check_keywords',
+           'Learner']
 
 # %% ../nbs/27_learner.ipynb #16623574
-class Stoppable(Loop):
-    "Ends between two steps when asked."
-
-    _fitting: bool = False
-
-    def stop(self) -> None:
-        "End the running fit at the next step; safe from any thread, a callback, a signal. `fit()` goes on from there."
-        if self._fitting:
-            self._stopping = self._stopping or "stopped"
-
-    def _pause_if_asked(self, what: str) -> None:
-        if self._stopping and what == "validate":
-            raise Pause
+class Stoppable(Replaying):
+    "Knows where in the training it is."
 
     @property
     def batch_idx(self) -> int:
@@ -121,6 +117,7 @@ class Planned(Stoppable):
 
     def _plan(self, target: Target) -> None:
         left, clocks = self._steps_to(target), self._clocks()
+        left = None if left is None else max(left, 0)
         epochs = None if target.epoch is None else target.epoch - self.epoch - self.drawn
         self._ahead = Ahead(self.step, left, self.batches_per_epoch, self.batch_idx, epochs)
         plan_schedules([(who, s, self._ahead.units(s.by, player)) for who, s, player in clocks], target.schedule)
@@ -148,8 +145,10 @@ class Plan(Planned):
     "Checks a fit before it starts."
 
     def _target(self, epochs: int | None, steps: int | None, **how: Any) -> Target:
-        if how["validate_every"] is not None and count("validate_every", how["validate_every"]) == 0:
-            raise ValueError("fit(validate_every=…) takes a number of steps >= 1; received 0")
+        if how["validate_every"] is not None:
+            how["validate_every"] = count("validate_every", how["validate_every"])
+            if how["validate_every"] == 0:
+                raise ValueError("fit(validate_every=…) takes a number of steps >= 1; received 0")
         if epochs is not None and steps is not None:
             raise ValueError(f"fit takes epochs or steps, not both; received epochs={epochs!r}, steps={steps!r}")
         if epochs is not None:
@@ -174,7 +173,15 @@ class Plan(Planned):
         for cb in self.cbs:
             cb.setup(self)
         self._plan(target)
-        self.target = replace(target, schedule="hold" if target.schedule else None)  # a restart is not repeated
+        self._asked = self._planned_for = target
+        self.target = replace(target, schedule="hold" if target.schedule else None)  # no second restart
+
+    def _plan_again(self) -> None:
+        "Plan what is left of the running fit, from where a checkpoint has put it."
+        mine = (self.target.epoch, self.target.step) == (self._asked.epoch, self._asked.step)  # it was saved in this fit
+        asked = replace(self._asked, schedule=self.target.schedule) if mine else self._asked
+        self._plan(asked)
+        self._planned_for, self.target = asked, replace(asked, schedule="hold" if asked.schedule else None)
 
 # %% ../nbs/27_learner.ipynb #234f2a4c
 class Running(Plan):
@@ -183,7 +190,7 @@ class Running(Plan):
     error: BaseException | None = None  # what the last fit failed with
 
     def _run(self) -> None:
-        self.state, self.error, self.torn, self.broken = "training", None, None, False
+        self.state, self.error, self.torn, self.broken, self.failure = "training", None, None, False, None
         try:
             for module in {m for player in self.players for m in player.modules.values()}:
                 if not module.training:  # in training as a whole, its parts keep the modes that their owner chose
@@ -216,14 +223,38 @@ class Running(Plan):
         endings = {CancelFit: "stopped", KeyboardInterrupt: "interrupted"}
         self.state = endings.get(type(error), "failed")
         self.error = error if self.state == "failed" else None
-        self.history.mark(self.state, self.step, "" if self.error is None else f"{type(error).__name__}: {error}")
+        self.history.mark(self.state, self.step, **(self._fail(error) if self.state == "failed" else {}))
         if self.torn:
-            warnings.warn(f"the interrupt came inside the optimizer step of {self.torn!r}: its weights may be half "
+            what = "error" if self.error is not None else "interrupt"
+            warnings.warn(f"the {what} came inside the optimizer step of {self.torn!r}: its weights may be half "
                           "updated. learn.restore('last') goes back to the last checkpoint.", stacklevel=2)  # fmt: skip
 
 # %% ../nbs/27_learner.ipynb #02bc486c
 class Ended(Running):
     "What is said when a fit is over."
+
+    @property
+    def ending(self) -> str:
+        "One line on a fit that was interrupted, and on how to go on; empty for any other."
+        if self.state != "interrupted":
+            return ""
+        of = "" if self.target.epoch is None else f" of {self.target.epoch}"
+        epoch = self.epoch if self.target.reached(self.epoch, self.step) else self.epoch + 1
+        saved = None if self.checkpoints is None else next(reversed(self.checkpoints.list()), None)
+        here = saved is not None and saved.step == self.step and saved.id == self.parent
+        where = f"interrupted {'inside' if self.broken else 'at'} step {self.step} (epoch {epoch}{of})"
+        if saved is None:
+            return f"{where}; learn.fit() goes on"
+        said, back = (f", saved as {saved.id}", "") if here else ("", f" to step {saved.step}")
+        return f"{where}{said}; learn.fit() goes on, learn.restore('last') goes back{back}"
+
+    def _tell_interrupt(self, error: KeyboardInterrupt) -> None:
+        "In a notebook, the cell returns with that line; in a script, the interrupt travels with it."
+        if where() not in ("notebook", "ipython"):
+            error.args = error.args or ((self.ending,) if self.ending else ())
+            raise error
+        if self.ending and not any(self.cbs.get(view) for view in ("Progress", "Dashboard")):
+            print(self.ending, flush=True)
 
     def _tell_waiting(self) -> None:
         waiting = [f"{p.name!r}: {len(p.window)} of {p.accumulate}" for p in self.players if p.window]
@@ -232,8 +263,170 @@ class Ended(Running):
                           "with them", stacklevel=3)  # fmt: skip
 
 # %% ../nbs/27_learner.ipynb #5b8e0279
-class Fit(Ended):
+class Begun(Ended):
+    "What surrounds a fit."
+
+    _started: bool = False  # it came as far as its first event
+    _listeners: Sequence[Listener] = ()  # who brings commands
+
+    def _refuse_second(self) -> None:
+        if self._fitting:
+            raise RuntimeError("this learner is training; one fit at a time: learn.wait() waits for it, learn.stop() ends it")
+
+    def _begin(self) -> None:
+        with self._gate:
+            self._refuse_second()
+            self._fitting, self._trainer = True, threading.get_ident()
+        self._stopping, self.paused, self._free, self._last_epoch, self._pace = None, False, None, False, Pace(self.step)
+        self._started = False
+
+    def _finish(self) -> None:
+        try:
+            for listener in self._listeners:
+                listener.close()
+            if self._started:
+                self._note("end", {"state": self.state, **self._open(), **({"broken": True} if self.broken else {})})
+        finally:
+            with self._gate:  # nobody takes the learner for idle until it is
+                self._fitting, self._stopping, self.paused, self._listeners = False, None, False, ()
+                self._tidy_up()
+
+    def _tidy_up(self) -> None:
+        self._pace.hold()
+        self.batch = self.pred = self.loss = self._raw = self._rng = None
+        self._ticking, self._moving = {}, {}
+        try:
+            while (late := self.queue.take(self.step, self.epoch)) is not None:
+                self._do(late)
+            self.history.flush()
+            self._tell_waiting()
+        finally:
+            if self.checkpoints is not None:
+                self.checkpoints.unlock()
+            self._errands.run()
+
+# %% ../nbs/27_learner.ipynb #c4505ff4
+class Trained(Begun):
     "Runs a planned fit and leaves everything as it found it."
+
+    @contextmanager
+    def _left_as_found(self) -> Iterator[None]:
+        "Inside, a fit is under way."
+        self._begin()
+        modes = [(module, module.training) for module in self.modules()]
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            self._finish()
+
+    def _train(self, asked: dict[str, Any]) -> None:
+        "From the first event to the last; what has to be refused has been."
+        self._note("fit", {**asked, "target": asdict(self._asked), **self._open()})
+        self._started, self._listeners = True, listeners(self)
+        with suppress(CancelFit):
+            self._run()
+
+    def _fit(self, target: Target, asked: dict[str, Any]) -> None:
+        "Train to a target in the thread that calls."
+        try:
+            with suppress(CancelFit), self._left_as_found(), two_stage_interrupt(self._interrupted), self.random.wear():
+                self._prepare(target)
+                self._train(asked)
+        except BaseException as error:
+            self._let_go(error)
+            if not isinstance(error, KeyboardInterrupt):
+                raise
+            self._tell_interrupt(error)
+
+    def _interrupted(self) -> None:
+        self._stopping = "interrupted"
+
+# %% ../nbs/27_learner.ipynb #7aba649d
+class Apart(Trained):
+    "Trains in a thread of its own, and waits for it."
+
+    _behind: FitThread | None = None  # the newest fit in the background
+    _exiting: bool = False  # the interpreter ends
+
+    def _fit_behind(self, target: Target, asked: dict[str, Any]) -> None:
+        "Train to a target in a thread of its own."
+        with ExitStack() as left:
+            left.enter_context(self._left_as_found())
+            with self.random.wear():
+                self._prepare(target)
+            rest = left.pop_all()
+            self._behind = FitThread(partial(self._train_behind, asked, rest), self._leave_soon)
+            try:
+                self._behind.start()
+            except BaseException:
+                self._behind = None
+                rest.close()
+                raise
+
+    def _train_behind(self, asked: dict[str, Any], rest: ExitStack) -> None:
+        self._trainer = threading.get_ident()
+        try:
+            with rest, self.random.wear():
+                self._train(asked)
+        except KeyboardInterrupt as error:
+            self._let_go(error)
+            raise
+        except BaseException as error:
+            self._let_go(error)
+            text = error_block(error, f"the fit in the background failed at step {self.step}; learn.wait() raises it")
+            print(text, end="", file=sys.stderr, flush=True)
+            raise
+
+    def _leave_soon(self) -> None:
+        self._exiting, self._stopping = True, self._stopping or "stopped"
+
+    def save(self, note: str = "", pin: bool = False, background: bool = False) -> Entry:
+        "Write a checkpoint of the present state into the run's folder; returns its entry."
+        return super().save(note, pin, background and not self._exiting)  # no new threads then
+
+# %% ../nbs/27_learner.ipynb #00dbbac3
+class Awaited(Apart):
+    "Is waited for."
+
+    def wait(
+        self,
+        timeout: float | None = None,  # seconds; None: as long as it takes
+    ) -> None:
+        """Until the fit in the background is over; raises what it failed with, and TimeoutError.
+
+        A first interrupt meanwhile asks the fit to stop, as it would ask one in this cell; a second one stops waiting.
+        """
+        if self._fitting and self._here():
+            raise RuntimeError("wait() is for other threads than the one that trains: it would wait for itself")
+        if self._behind is None:
+            return
+        try:
+            with two_stage_interrupt(self._interrupted):
+                over = join_listening(self._behind, timeout)
+        except KeyboardInterrupt:
+            self._behind.given_up = True
+            raise
+        if not over:
+            raise TimeoutError(f"the fit is not over after {timeout:g} s: it is at step {self.step}")
+        self._take_up()
+
+    def _take_up(self) -> None:
+        "Raise what a fit in the background has left behind, once."
+        behind = self._behind
+        if behind is None or not behind.join(0 if self._fitting else None):
+            return
+        self._behind = None
+        error = behind.taken()
+        if isinstance(error, KeyboardInterrupt):
+            return None if behind.given_up else self._tell_interrupt(error)
+        if error is not None:
+            raise error
+
+# %% ../nbs/27_learner.ipynb #0649a0f2
+class Fit(Awaited):
+    "Trains."
 
     def fit(
         self,
@@ -242,36 +435,22 @@ class Fit(Ended):
         steps: int | None = None,  # or so many more steps (batches)
         validate_every: int | None = None,  # validate each so many steps; None: at the end of each epoch
         schedule: str | None = None,  # if the plan goes beyond the end of a schedule: "hold", "restart" or "stretch"
+        background: bool = False,  # return at once, and train in a thread; `wait()` waits for it
     ) -> None:
         "Train. Without arguments: go on to where the last fit was to end."
+        if not isinstance(background, bool):
+            raise TypeError(f"fit(background=…) takes True or False; received {background!r}")
+        self._take_up()
+        self._refuse_second()
         target = self._target(epochs, steps, validate_every=validate_every, schedule=schedule)
+        asked = {"epochs": epochs, "steps": steps, "validate_every": validate_every, "schedule": schedule}
         if target.reached(self.epoch, self.step) and not (self.owed or self.drawn):
             return
-        if self._fitting:
-            raise RuntimeError("this learner is training; one fit at a time")
-        modes, self._fitting, self._stopping = [(module, module.training) for module in self.modules()], True, None
-        try:
-            with two_stage_interrupt(self._interrupted), self.random.wear():
-                self._prepare(target)
-                self._run()
-        except CancelFit:
-            pass
-        except KeyboardInterrupt:
-            if where() not in ("notebook", "ipython"):
-                raise
-        finally:
-            for module, mode in modes:
-                module.training = mode
-            self._fitting, self._stopping = False, None
-            self.batch = self.pred = self.loss = None
-            self._ticking, self._moving = {}, {}
-            self.history.flush()
-            self._tell_waiting()
-            if self.checkpoints is not None:
-                self.checkpoints.unlock()
-
-    def _interrupted(self) -> None:
-        self._stopping = "interrupted"
+        here = not background or headless()
+        if background and here:
+            print(HEADLESS, flush=True)
+        said = {k: v if isinstance(v, str) else int(v) for k, v in asked.items() if v is not None}
+        (self._fit if here else self._fit_behind)(target, said)
 
 # %% ../nbs/27_learner.ipynb #761dae9a
 def as_players(model: Any, loss: Any, opt: Any) -> list[Player]:
@@ -435,6 +614,10 @@ class Shown(Kept):
         except (ImportError, AttributeError) as error:
             warnings.warn(f"nothing shows this run: {error}{self.settings.blame('trainkit', 'front')}", stacklevel=4)
 
+    def dashboard(self) -> Any:
+        "The run as it is now, with its controls: bars, curves, samples; in a notebook it follows a fit that goes on."
+        return pkgutil.resolve_name("trainkit.ui.dashboard:dashboard")(self)
+
     def _prepare(self, target: Target) -> None:
         if self.loaders.valid and len(self.players) > 1 and type(self).validation_step is Steps.validation_step:
             raise ValueError("with several players, what a validation is must be said: override validation_step, or give no "
@@ -444,6 +627,8 @@ class Shown(Kept):
             warnings.warn("metrics are computed on validation loaders, and this learner has none: dls=(train, valid)",
                           stacklevel=4)  # fmt: skip
         self._own_run()
+        if self.run is not None and self._owned:
+            self.journal.keep_at(self.run / "journal.jsonl")
         self._attach_front()
 
     def __repr__(self) -> str:

@@ -20,7 +20,7 @@ from .player import Player, advance, freeze, losses_of, mean_gradient, move, sha
 from .travel import Travel
 
 # %% auto #0
-__all__ = ['Turns', 'Descent', 'Move', 'Target', 'count', 'Pause', 'Marks', 'Clock', 'Followed', 'Loop']
+__all__ = ['Turns', 'Descent', 'Move', 'Target', 'count', 'Pause', 'Jump', 'Marks', 'Clock', 'Followed', 'Loop']
 
 # %% ../nbs/26_loop.ipynb #46ba8b3e
 class Turns(Travel):
@@ -172,6 +172,10 @@ class Pause(Cancel):
     "Between two steps: the fit ends here for now, the epoch stays open."
 
 
+class Jump(Cancel):
+    "Between two steps: the learner stands at another point of the training now, and goes on from there."
+
+
 class Marks(Move):
     "Where in the loop one is, between two steps."
 
@@ -289,7 +293,11 @@ class Loop(Followed):
         idle = 0
         while not (self._stopping or self._complete()):
             finished, step = self.epoch + 1, self.step
-            if not self._scope("epoch", self._epoch, CancelEpoch):
+            try:
+                completed = self._scope("epoch", self._epoch, CancelEpoch)
+            except Jump:
+                continue
+            if not completed:
                 self.stream.end_epoch()
                 self._drop_windows()
             if self.epoch < finished:
@@ -298,10 +306,18 @@ class Loop(Followed):
             if idle == 100:
                 raise RuntimeError("100 epochs in a row were cancelled, no step was made, and fit(steps=…) waits for steps")
 
+    def _heed(self) -> None:
+        "Between two steps: do what was asked for meanwhile; a learner that listens overrides it."
+
+    def _next_batch(self) -> Any:
+        if not self.stream.at_end:
+            self._heed()
+        return self.stream.next_batch()
+
     def _epoch(self) -> None:
         if self.owed:
             self._between()
-        while not self.drawn and (batch := self.stream.next_batch()) is not None:
+        while not self.drawn and (batch := self._next_batch()) is not None:
             self.batch = to_device(batch, self.device, channels_last=self.channels_last)
             done, self.broken = self.step + 1, True
             try:

@@ -23,9 +23,9 @@ from .shapes import linear as linear, locate as locate, path_of, piecewise as pi
 from .shapes import register as register, register_scheduler as register_scheduler, step as step, unknown, wsd as wsd
 
 # %% auto #0
-__all__ = ['MORE', 'LESS', 'STATE', 'finite', 'Knob', 'place_of', 'GroupValues', 'OptionKnob', 'AttributeKnob', 'best_mode',
-           'BoundCurve', 'WrittenCurve', 'MovingCurve', 'Overridable', 'plain_options', 'check_place', 'Savable',
-           'Shown', 'Schedule']
+__all__ = ['MORE', 'LESS', 'STATE', 'finite', 'Knob', 'find_place', 'place_of', 'GroupValues', 'OptionKnob', 'AttributeKnob',
+           'best_mode', 'BoundCurve', 'WrittenCurve', 'MovingCurve', 'Overridable', 'plain_options', 'check_place',
+           'Savable', 'Shown', 'Schedule']
 
 # %% ../nbs/14_schedule.ipynb #9d063014
 def finite(value: object, what: str) -> float:
@@ -43,6 +43,9 @@ class Knob:
     name: str = "knob"
     low: float = -math.inf  # the least value that makes sense
     high: float = math.inf  # what every value must lie below
+
+    def __init__(self, name: str | None = None, low: float | None = None, high: float | None = None):
+        vars(self).update({k: v for k, v in {"name": name, "low": low, "high": high}.items() if v is not None})
 
     @property
     def labels(self) -> list[str]:
@@ -84,17 +87,21 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def place_of(group: Mapping[str, Any], option: str) -> tuple[str, int | None]:
-    "Key, and index where the key holds a pair, at which a parameter group has an option; ValueError with those it has."
-    pair = "betas" in group
-    if option in ("beta1", "beta2") and pair:
+def find_place(group: Mapping[str, Any], option: str) -> tuple[str, int | None] | None:
+    "Key, and index where the key holds a pair, at which a parameter group has an option; None when it has none."
+    if option in ("beta1", "beta2") and "betas" in group:
         return "betas", int(option == "beta2")
-    if option == "momentum" and pair and "momentum" not in group:
+    if option == "momentum" and "betas" in group and "momentum" not in group:
         return "betas", 0
-    if not _is_number(group.get(option)) or option.startswith("initial_"):
-        there = [k for k, v in group.items() if _is_number(v) and not k.startswith("initial_")] + ["beta1", "beta2"] * pair
+    return (option, None) if _is_number(group.get(option)) and not option.startswith("initial_") else None
+
+
+def place_of(group: Mapping[str, Any], option: str) -> tuple[str, int | None]:
+    "The same; ValueError with the options that there are, when it has none."
+    if (found := find_place(group, option)) is None:
+        there = [key for key in (*group, "beta1", "beta2") if find_place(group, key)]
         raise ValueError(unknown("option of the optimizer that is a number", option, there))
-    return option, None
+    return found
 
 # %% ../nbs/14_schedule.ipynb #3b7ddb44
 _HIGH = {"beta1": 1.0, "beta2": 1.0, "momentum": 1.0}  # a memory of 1 never takes anything in

@@ -143,6 +143,7 @@ class Settings:
     mode: Literal["auto", "min", "max"] = key("auto", choice("auto", "min", "max"), "whether low or high is best")
     front: str = key("trainkit.ui.front:front", choice("none") | text("module:function"), "what shows a run")
     refresh: float = key(1.0, _positive, "seconds between two pictures")
+    signals: str = key("", text("SIGUSR1=save SIGTERM=stop, or empty: none", empty=True), "signals that carry a command")
     optimizer: OptimizerSettings = OptimizerSettings()
     scheduler: SchedulerSettings = SchedulerSettings()
     _sources: Mapping[tuple[str, str], str] = field(default_factory=dict, compare=False)

@@ -27,8 +27,8 @@ from .schedule import best_mode
 
 # %% auto #0
 __all__ = ['PARTS', 'PLAYER', 'SAME_SHAPE', 'AUTOMATIC', 'RestoreError', 'State', 'Parts', 'misshapen', 'optimizer_differences',
-           'groups_of', 'named', 'player_differences', 'overruled', 'Loadable', 'RunFolder', 'Scored', 'Save',
-           'Restore', 'AutoSave']
+           'fits', 'groups_of', 'named', 'player_differences', 'overruled', 'Judging', 'Loadable', 'RunFolder',
+           'Scored', 'Save', 'RestoreWeights', 'Restore', 'AutoSave']
 
 # %% ../nbs/25_state.ipynb #7a8ea63e
 class RestoreError(ValueError):
@@ -42,6 +42,8 @@ class State(Predict):
     random: RandomState = RandomState()  # the shared one, or that of a learner with a seed
     player: Any = None  # whose turn it is
     _lrs: dict[str, float]  # per player, the learning rate last recorded
+    _fitting: bool = False  # a fit is under way
+    _obeying: bool = False  # between two of its steps, on a command
 
     def position(self) -> dict[str, Any]:
         "Where in the training the learner is; the loop says more."
@@ -101,7 +103,8 @@ class Parts(State):
 # %% ../nbs/25_state.ipynb #c4793a4a
 PARTS = {"players": dict, "position": dict, "stream": dict, "callbacks": dict, "history": dict, "rng": dict}
 PLAYER = {"modules": dict, "losses": dict, "optimizer": dict, "schedules": dict, "optimizer_class": str, "terms": list,
-          "said": dict, "weights": dict, "window": list, "gradients": dict}  # fmt: skip
+          "said": dict, "weights": dict, "window": list, "gradients": dict, "scaler": dict, "updates": int, "every": int,
+          "accumulate": int}  # fmt: skip
 
 
 def misshapen(state: Any) -> list[str]:
@@ -139,8 +142,13 @@ def optimizer_differences(saved: dict[str, Any], player: Player) -> list[str]:
     for i, p in pairs:
         kept = saved["state"].get(i, {})
         found += [f"{key} of a parameter of shape {tuple(p.shape)} is {describe(value)}" for key, value in kept.items()
-                  if key in SAME_SHAPE and not (isinstance(value, Tensor) and value.shape == p.shape)]  # fmt: skip
+                  if key in SAME_SHAPE and not fits(value, p)]
     return found
+
+
+def fits(moment: Any, p: Tensor) -> bool:
+    "Can this be what an optimizer keeps for each number of a parameter?"
+    return isinstance(moment, Tensor) and moment.shape == p.shape and moment.is_floating_point() == p.is_floating_point()
 
 # %% ../nbs/25_state.ipynb #65317234
 def groups_of(optimizer_state: dict[str, Any]) -> list[int]:
@@ -174,8 +182,8 @@ def overruled(name: str, saved: dict[str, Any], now: dict[str, Any]) -> list[str
     return [f"{name}: {what} {saved.get(k, saved['said'][k])} (the code says {now['said'][k]})" for k, what in differ.items()]
 
 # %% ../nbs/25_state.ipynb #3481f4cd
-class Loadable(Parts):
-    "Takes a state back, or refuses it whole."
+class Judging(Parts):
+    "Says of a state whether it fits, and what it brings."
 
     def differences(self, state: dict[str, Any]) -> list[str]:
         "Everything in which a saved state doesn't fit this learner, in words; empty when it fits."
@@ -191,9 +199,33 @@ class Loadable(Parts):
                   "out)" for key in sorted(lost)]  # fmt: skip
         return found + self.stream.problems(state["stream"])
 
+    def news(self, state: dict[str, Any]) -> list[str]:
+        "What a state that fits says otherwise than the code, in words; empty when they agree."
+        players = {p.name: player_state(p) for p in self.players}
+        used = [line for name, now in players.items() for line in overruled(name, state["players"][name], now)]
+        now = {key: self._fresh[id(cb)][1] for key, cb in self.cbs.keyed().items() if key in state["callbacks"]}
+        was = {key: state.get("said", {}).get(key) for key in now}
+        used += [f"{text} (the code says {now[key]})" for key, text in was.items() if text and text != now[key]]
+        changed = changes(state.get("identity", {}), self.identity())
+        lines = {"the checkpoint's settings are used": used, "since the checkpoint was made": changed}
+        return [f"{what}: {'; '.join(found)}" for what, found in lines.items() if found]
+
+    def judged(self, state: Any) -> tuple[list[str], list[str]]:
+        "Why a state can't be this learner's, and the news of one that can; nobody knows what a file's state may be."
+        try:
+            problems = misshapen(state) or self.differences(state)
+            return problems, [] if problems else self.news(state)
+        except Exception as error:
+            return [f"it isn't made as a learner's state is ({type(error).__name__}: {error!s:.300})"], []
+
+# %% ../nbs/25_state.ipynb #bbc605bd
+class Loadable(Judging):
+    "Takes a state back, or refuses it whole."
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Become what `state_dict` described; RestoreError with every difference when that can't be, and no change."
-        if problems := misshapen(state) or self.differences(state):
+        problems, news = self.judged(state)
+        if problems:
             choice = "(restore(…, only='weights') takes the models' weights; load_weights(…) any that fit)"
             lines = "\n  ".join(problems)
             raise RestoreError(f"the state doesn't fit this learner; nothing was changed:\n  {lines}\n{choice}")
@@ -205,14 +237,8 @@ class Loadable(Parts):
             if not isinstance(error, Exception):  # an interrupt is no fault of the state
                 raise
             raise RestoreError(f"the state could not be loaded ({error}); everything is as it was") from error
-        others = [line for name, now in before["players"].items() for line in overruled(name, state["players"][name], now)]
-        said = {key: state.get("said", {}).get(key) for key in before["callbacks"].keys() & state["callbacks"].keys()}
-        now = before["said"]
-        others += [f"{was} (the code says {now[key]})" for key, was in said.items() if was and was != now[key]]
-        if others:
-            warnings.warn("the checkpoint's settings are used: " + "; ".join(others), stacklevel=3)
-        if changed := changes(state.get("identity", {}), before["identity"]):
-            warnings.warn("since the checkpoint was made: " + "; ".join(changed), stacklevel=3)
+        for line in news:
+            warnings.warn(line, stacklevel=3)
 
 # %% ../nbs/25_state.ipynb #a6bf90ef
 class RunFolder(Loadable):
@@ -227,11 +253,17 @@ class RunFolder(Loadable):
             raise ValueError("this learner has no run folder for checkpoints: Learner(…, run='runs/name')")
         return self.checkpoints
 
+    def _writes_here(self) -> bool:
+        "Is the folder this learner's own? The history asks before it appends: a line too many would rewrite another's past."
+        store = self._store()
+        return bool(store.token) and store.owner().get("token", store.token) == store.token
+
     def _own_run(self) -> None:
         "Make the folder this learner's own: what another one left there is moved aside, what it claimed since is respected."
         if self.run is None:
             return
         store = self._store()
+        self.history.may_write = self._writes_here
         store.check_claim()
         try:
             made_folder(store.folder)
@@ -303,12 +335,35 @@ class Save(Scored):
         self.history.mark("checkpoint", self.step, note, id=entry.id)
         self.history.flush()
         self.parent = entry.id
-        if self.state != "training":  # a fit keeps it locked until it ends
+        if not self._fitting:  # a fit keeps it locked until it ends
             self._store().unlock()
         return entry
 
 # %% ../nbs/25_state.ipynb #d72ef5bb
-class Restore(Save):
+class RestoreWeights(Save):
+    "Takes the models' weights out of a checkpoint, and nothing else."
+
+    def _restore_weights(self, which: Which) -> Entry:
+        state, entry = self._store().load(which)
+        mine = {p.name: {n: unwrapped(m).state_dict() for n, m in p.modules.items()} for p in self.players}
+        lines = misshapen(state) or diff_state({n: p["modules"] for n, p in state["players"].items()}, mine)
+        if lines:
+            raise RestoreError(f"{entry.path}: the weights don't fit; nothing was changed:\n  " + "\n  ".join(lines))
+        before = copy.deepcopy(mine)
+        try:
+            self._put_weights({n: p["modules"] for n, p in state["players"].items()})
+        except BaseException:
+            self._put_weights(before)
+            raise
+        return entry
+
+    def _put_weights(self, weights: dict[str, dict[str, Any]]) -> None:
+        for player in self.players:
+            for name, module in player.modules.items():
+                unwrapped(module).load_state_dict(weights[player.name][name])
+
+# %% ../nbs/25_state.ipynb #87ed31c3
+class Restore(RestoreWeights):
     "Restores."
 
     def restore(
@@ -327,24 +382,16 @@ class Restore(Save):
         self.history.mark("restore", self.step, str(entry.id))
         return entry
 
-    def _restore_weights(self, which: Which) -> Entry:
-        state, entry = self._store().load(which)
-        mine = {p.name: {n: unwrapped(m).state_dict() for n, m in p.modules.items()} for p in self.players}
-        if lines := diff_state({n: p["modules"] for n, p in state["players"].items()}, mine):
-            raise RestoreError(f"{entry.path}: the weights don't fit; nothing was changed:\n  " + "\n  ".join(lines))
-        for player in self.players:
-            for name, module in player.modules.items():
-                unwrapped(module).load_state_dict(state["players"][player.name]["modules"][name])
-        return entry
-
     def _restore(self, store: Checkpoints, which: Which, without: Iterable[str] = ()) -> Entry:
-        if self.state in ("training", "validating", "testing", "predicting"):
+        if not self._obeying and (self._fitting or self.state in ("training", "validating", "testing", "predicting")):
             raise RuntimeError(f"can't restore while {self.state}; stop first")
         state, entry = store.load(which)
+        kept = state["callbacks"] if without and not misshapen(state) else {}
         for name in without:
-            if isinstance(state, dict) and name not in state.get("callbacks", {}):
-                raise ValueError(f"{entry.path} has no state of a callback {name!r}; it has: {', '.join(state['callbacks'])}")
-            state["callbacks"].pop(name)
+            if name not in kept:
+                raise ValueError(f"{entry.path} has no state of a callback {name!r}; it has: {', '.join(kept)}")
+            kept.pop(name)
+        self.history.may_write = self._writes_here
         try:
             self.load_state_dict(state)
         except RestoreError as error:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
+import mmap
 import os
 import pickletools
 import re
 import threading
 import time
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -23,9 +25,10 @@ import torch
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['PLAIN_TYPES', 'FORMAT', 'RECORD', 'KNOWN', 'CheckpointError', 'check_plain', 'diff_state', 'write_atomically',
-           'clear_leftovers', 'Background', 'records_fault', 'fault_of', 'strange_names', 'tensors_in', 'inflated',
-           'load_content', 'read_checkpoint']
+__all__ = ['PLAIN_TYPES', 'FORMAT', 'RECORD', 'KNOWN', 'HARMFUL', 'CheckpointError', 'check_plain', 'diff_state',
+           'write_atomically', 'save_checked', 'clear_leftovers', 'Background', 'records_fault', 'fault_of',
+           'strange_names', 'names_in', 'items_of', 'tensors_in', 'unfolded', 'inflated', 'check_sizes', 'in_short',
+           'load_content', 'read_checkpoint', 'foreign_fault', 'old_names', 'load_foreign']
 
 # %% ../nbs/22a_storage.ipynb #96daf78b
 class CheckpointError(RuntimeError):
@@ -188,6 +191,17 @@ def write_atomically(
         raise
     _sync_folder(path.parent)
 
+# %% ../nbs/22a_storage.ipynb #6835daaa
+def save_checked(
+    content: Any,  # tensors and plain types
+    file: IO[bytes],
+) -> None:
+    "torch.save, with a checksum for each record whatever `torch.serialization.set_crc32_options` says."
+    from torch.utils.serialization import config
+
+    with config.patch("save.compute_crc32", True):  # type: ignore[attr-defined]
+        torch.save(content, file)
+
 # %% ../nbs/22a_storage.ipynb #3977925a
 _STARTED = time.time()
 
@@ -270,8 +284,8 @@ def records_fault(archive: zipfile.ZipFile) -> str:
     records = archive.infolist()
     if any(record.compress_type != zipfile.ZIP_STORED for record in records):
         return "it has compressed records, which torch doesn't write"
-    names = [record.filename for record in records]
-    strange = [name for name in names if not RECORD.fullmatch(name) or names.count(name) > 1]
+    names = Counter(record.filename for record in records)
+    strange = [name for name, n in names.items() if not RECORD.fullmatch(name) or n > 1]
     if strange or len({name.split("/")[0] for name in names}) > 1:
         return f"it has records that torch doesn't write, or twice: {', '.join(strange or names)[:200]}"
     size = os.fstat(archive.fp.fileno()).st_size if archive.fp is not None else 0
@@ -282,6 +296,8 @@ def fault_of(
     path: Path,  # a checkpoint file
 ) -> str:
     "What is wrong with a file's bytes; empty when all of them are as they were written."
+    if path.exists() and not path.is_file():
+        return "it is no file"  # a pipe would be waited for, a device be read for ever
     try:
         with zipfile.ZipFile(path) as archive:
             if fault := records_fault(archive):
@@ -303,18 +319,42 @@ def strange_names(path: Path) -> list[str]:
     "What a file would have called that no plain state needs; nothing is called to find out."
     with zipfile.ZipFile(path) as archive:
         pickled = [archive.read(record) for record in archive.infolist() if record.filename.lower().endswith("data.pkl")]
-    found = {str(arg) for code in pickled for op, arg, _ in pickletools.genops(code) if op.name in ("GLOBAL", "INST")}
+    return sorted(name for name in set[str]().union(*map(names_in, pickled)) if not KNOWN.fullmatch(name))
+
+
+def names_in(code: Any) -> set[str]:  # bytes, or what can be read like a file
+    "What one pickle would call, by name; opcodes for what has none."
     others = ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4")  # torch writes names the old way
-    found |= {op.name for code in pickled for op, _, _ in pickletools.genops(code) if op.name in others}
-    return sorted(name for name in found if not KNOWN.fullmatch(name))
+    operations = ((op.name, arg) for op, arg, _ in pickletools.genops(code))
+    return {str(arg) if name in ("GLOBAL", "INST") else name for name, arg in operations if name in ("GLOBAL", "INST", *others)}
 
 # %% ../nbs/22a_storage.ipynb #3b3d34bd
-def tensors_in(x: Any) -> Iterator[Tensor]:
-    "Every tensor of a nest."
-    if isinstance(x, Tensor):
-        yield x
-    for item in x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple, set)) else ():
-        yield from tensors_in(item)
+def items_of(x: Any) -> Iterator[Any]:
+    "What a nest holds directly."
+    return iter(x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple, set)) else ())
+
+
+def tensors_in(x: Any, known: set[int] | None = None) -> Iterator[Tensor]:
+    "Every tensor of a nest, once."
+    known = set() if known is None else known
+    if id(x) not in known:
+        if isinstance(x, (Tensor, dict, list, tuple, set)):
+            known.add(id(x))
+        if isinstance(x, Tensor):
+            yield x
+        for item in items_of(x):
+            yield from tensors_in(item, known)
+
+
+def unfolded(x: Any, known: dict[int, float] | None = None) -> float:
+    "How many things one meets who goes all the ways through a nest; without end where something contains itself."
+    known = {} if known is None else known
+    if not isinstance(x, (dict, list, tuple, set)):
+        return 1
+    if id(x) not in known:
+        known[id(x)] = math.inf  # for who comes here again before it is known
+        known[id(x)] = 1 + sum(unfolded(item, known) for item in items_of(x))
+    return known[id(x)]
 
 
 def inflated(x: Tensor) -> bool:
@@ -322,16 +362,29 @@ def inflated(x: Tensor) -> bool:
     return x.layout is torch.strided and x.untyped_storage().nbytes() < x.numel() * x.element_size()
 
 
-def load_content(path: Path, mmap: bool = False) -> dict[str, Any]:
+def check_sizes(content: Any, path: Path) -> None:
+    "ValueError for what is larger than the file it came from."
+    if any(map(inflated, tensors_in(content))):
+        raise ValueError("it has a tensor that is larger than what is stored of it")
+    if unfolded(content) > max(1e6, path.stat().st_size):  # a thing that stands there takes more than a byte
+        raise ValueError("its parts contain one another over and over")
+
+# %% ../nbs/22a_storage.ipynb #d1b159ee
+def in_short(error: Exception) -> str:
+    "What went wrong, without torch's advice to load the file as a program."
+    text = str(error)
+    return f"{type(error).__name__}: {(text.partition('WeightsUnpickler error: ')[2] or text).strip()[:300]}"
+
+
+def load_content(path: Path, mapped: bool = False) -> dict[str, Any]:
     "The content of a file whose bytes are in order; CheckpointError when it isn't one of ours."
     try:
         if strange := strange_names(path):
             raise ValueError(f"it would call {', '.join(strange)}, which is nothing that weights_only data need")
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        if any(map(inflated, tensors_in(content))):
-            raise ValueError("it has a tensor that is larger than what is stored of it")
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        check_sizes(content, path)
     except Exception as error:  # as above
-        raise CheckpointError(f"cannot read {path}: {type(error).__name__}: {str(error)[:300]}") from error
+        raise CheckpointError(f"cannot read {path}: {in_short(error)}") from error
     if not isinstance(content, dict) or not {"format", "meta", "state"} <= content.keys():
         raise CheckpointError(f"cannot read {path}: it is not a checkpoint of trainkit")
     if content["format"] != FORMAT:
@@ -346,3 +399,44 @@ def read_checkpoint(
     if fault := fault_of(path):
         raise CheckpointError(f"cannot read {path}: {fault}")
     return load_content(path)
+
+# %% ../nbs/22a_storage.ipynb #68a6fff2
+HARMFUL = re.compile(r"(builtins|__builtin__) bytearray")  # of the names that torch lets through
+
+
+def foreign_fault(path: Path) -> str:
+    "What keeps a file of weights from being loaded safely; empty when nothing does."
+    if not path.is_file():
+        return "it is no file" if path.exists() else "there is no such file"
+    zipped = zipfile.is_zipfile(path)
+    if zipped:
+        with zipfile.ZipFile(path) as archive:
+            if fault := records_fault(archive):
+                return fault
+        names = set(strange_names(path))
+    else:
+        names = old_names(path)
+    found = sorted(filter(HARMFUL.match, names))
+    return f"it would call {', '.join(found)}" if found else ""
+
+
+def old_names(path: Path, most: int = 5) -> set[str]:
+    "What the pickles at the beginning of a file of torch's old format would call."
+    found = set[str]()
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as code:
+        with contextlib.suppress(ValueError):  # numbers follow, or it is something else altogether: torch will say so
+            for _ in range(most):
+                found |= names_in(code)
+    return found
+
+
+def load_foreign(path: Path) -> Any:
+    "What torch finds in somebody's file, as data; CheckpointError names file and fault."
+    try:
+        if fault := foreign_fault(path):
+            raise ValueError(fault)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        check_sizes(content, path)
+        return content
+    except Exception as error:  # as above
+        raise CheckpointError(f"cannot read {path}: {in_short(error)}") from error

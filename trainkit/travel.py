@@ -13,17 +13,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .checkpoint import CheckpointError, Checkpoints, Entry, Which, read_checkpoint, write_atomically
 from .device import clean_keys, preserve_rng
 from .history import History
 from .player import Player, unwrapped
-from .state import Restore
+from .state import Restore, misshapen
+from .storage import load_foreign
 
 # %% auto #0
-__all__ = ['Loaded', 'compare_weights', 'tensors_of', 'read_weights', 'Weights', 'untied', 'Exported', 'Lookback', 'Travel']
+__all__ = ['Loaded', 'form_of', 'compare_weights', 'tensors_of', 'read_weights', 'Weights', 'untied', 'Exported', 'Lookback',
+           'Travel']
 
 # %% ../nbs/25a_travel.ipynb #1adbf21a
 @dataclass
@@ -47,6 +48,11 @@ class Loaded:
         return "; ".join([f"{len(self.matched)} tensors match", *lines])
 
 
+def form_of(x: Any) -> Any:
+    "The shape of a tensor; of a module's extra state, what kind of thing it is."
+    return tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+
+
 def compare_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> tuple[Loaded, dict[str, Tensor]]:
     "What of `weights` fits a module, and those that do."
     own = unwrapped(module).state_dict()
@@ -55,8 +61,8 @@ def compare_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> tuple[L
     for name, value in own.items():
         if name not in offered:
             report.missing.append(name)
-        elif offered[name].shape != value.shape:
-            report.misshapen.append(f"{name} {tuple(offered[name].shape)} for {tuple(value.shape)}")
+        elif (a := form_of(offered[name])) != (b := form_of(value)):
+            report.misshapen.append(f"{name} {a} for {b}")
         else:
             report.matched.append(name)
             fitting[name] = offered[name]
@@ -84,14 +90,13 @@ def read_weights(source: Any, player: str = "") -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return _safetensors("read").load_file(path)
     if path.name.startswith("ckpt-"):
-        modules = {n: m for p in read_checkpoint(path)["state"]["players"].values() for n, m in p["modules"].items()}
+        if problems := misshapen(state := read_checkpoint(path)["state"]):
+            raise CheckpointError(f"cannot read {path}: {'; '.join(problems)[:300]}")
+        modules = {n: dict(m) for p in state["players"].values() for n, m in p["modules"].items() if isinstance(m, dict)}
         if player not in modules and len(modules) > 1:
             raise ValueError(f"{path} has the modules {', '.join(modules)}; which of them? Say module=")
-        return modules.get(player) or next(iter(modules.values()))
-    try:
-        return tensors_of(torch.load(path, map_location="cpu", weights_only=True), str(path))
-    except Exception as error:  # a damaged file fails in many ways
-        raise CheckpointError(f"cannot read {path}: {type(error).__name__}: {str(error)[:300]}") from error
+        return modules.get(player) or next(iter(modules.values()), {})
+    return tensors_of(load_foreign(path), str(path))
 
 
 def _safetensors(what: str) -> Any:
@@ -168,7 +173,7 @@ class Lookback(Exported):
         if self.player is not None:
             raise RuntimeError(f"can't look back in the middle of player {self.player.name!r}'s turn; do it between two steps")
         state, entry = self._store().load(which)
-        if problems := self.differences({**state, "stream": self.stream.state_dict()}):
+        if problems := self.judged({**state, "stream": self.stream.state_dict()} if isinstance(state, dict) else state)[0]:
             raise ValueError(f"{entry.path} doesn't fit this learner:\n  " + "\n  ".join(problems))
         callbacks = {key: cb for key, cb in self.cbs.keyed().items() if key in state["callbacks"]}
         before = copy.deepcopy((self.state_dict()["players"], {key: cb.state_dict() for key, cb in callbacks.items()}))

@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+FRONT = os.environ.get("FRONT", "jupyterlab")  # or "notebook": the package that serves the pages
 CHROMIUM = "/usr/bin/chromium"
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
          "--disable-background-networking", "--disable-component-update", "--disable-sync"]  # fmt: skip
@@ -33,6 +35,8 @@ class Lab:
 
     def address(self, notebook: str) -> str:
         "In a workspace of its own, so that no notebook of another test is open beside it."
+        if FRONT == "notebook":
+            return f"{self.url}/notebooks/{notebook}?token={self.token}"
         return f"{self.url}/lab/workspaces/{Path(notebook).stem}/tree/{notebook}?reset&token={self.token}"
 
 
@@ -44,9 +48,9 @@ def _answers(lab: Lab) -> bool:
         return False
 
 
-@pytest.fixture(scope="session")
-def lab(tmp_path_factory):
-    home = tmp_path_factory.mktemp("lab")
+@contextmanager
+def serving(home: Path):
+    "A server, with everything it writes in that folder."
     settings = home / "settings"
     for name, values in SETTINGS.items():
         path = settings / f"{name}.jupyterlab-settings"
@@ -61,7 +65,7 @@ def lab(tmp_path_factory):
     env = {**os.environ, "JUPYTERLAB_SETTINGS_DIR": str(settings), "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"),
            "PYTHONPATH": str(root), "JUPYTER_PLATFORM_DIRS": "1", "OMP_NUM_THREADS": "1"}  # fmt: skip
     env.pop("TRAINKIT_WHERE", None)
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
+    command = [sys.executable, "-m", FRONT, "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
                f"--IdentityProvider.token={lab.token}", f"--ServerApp.root_dir={lab.folder}"]  # fmt: skip
     with open(home / "server.log", "w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env)
@@ -69,7 +73,7 @@ def lab(tmp_path_factory):
         deadline = time.monotonic() + 90
         while not _answers(lab):
             if server.poll() is not None or time.monotonic() > deadline:
-                pytest.fail("JupyterLab did not start:\n" + (home / "server.log").read_text()[-3000:])
+                pytest.fail(f"{FRONT} did not start:\n" + (home / "server.log").read_text()[-3000:])
             time.sleep(0.2)
         yield lab
     finally:
@@ -78,6 +82,12 @@ def lab(tmp_path_factory):
             server.wait(20)
         except subprocess.TimeoutExpired:
             server.kill()
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory):
+    with serving(tmp_path_factory.mktemp("lab")) as lab:
+        yield lab
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .losses import get_loss
+from ..background import between_steps
 from ..learner import Learner
 from ..player import Player, Term, as_terms, freeze, thaw
 
@@ -138,6 +139,7 @@ class Sampling(GANSteps):
     n_samples: int
     _draws: torch.Generator  # seeds of samples
 
+    @between_steps
     def sample(self, n: int = 64, labels: Any = None, seed: int | None = None) -> Tensor:
         "`n` fakes on the CPU, from noise of its own: training goes on as if nobody had looked."
         seed = int(torch.randint(2**62, (), generator=self._draws)) if seed is None else seed
@@ -170,6 +172,8 @@ class Sampling(GANSteps):
 # %% ../../nbs/44_gan_learner.ipynb #9433fabb
 class GANLearner(Sampling):
     "Trains a generator against a discriminator by alternating turns (Goodfellow et al. 2014)."
+
+    cadences = {"generator": "n_critic", "discriminator": "n_gen"}  # what the numbers of batches are called
 
     def __init__(
         self,

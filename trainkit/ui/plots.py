@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLOURS', 'bucket_size', 'decimate', 'neighbour_sums', 'local_lines', 'trend', 'panel_of', 'panels_of', 'label_of',
            'labels_of', 'owner_of', 'colours_of', 'is_noisy', 'Ways', 'pale', 'Curve', 'Ghosts', 'view_limits', 'short',
-           'Panel', 'marks_to_draw', 'MarkLines', 'box', 'Plot', 'plot_history', 'Curves']
+           'Panel', 'marks_to_draw', 'apart', 'MarkLines', 'box', 'Plot', 'plot_history', 'Curves']
 
 # %% ../../nbs/51_ui_plots.ipynb #7c4e6b13
 import math
@@ -20,7 +20,7 @@ import numpy as np
 from ..forks import Scalars, Tail, parts
 from ..history import History, Mark, Snapshot
 from .progress import digits, is_batchwise, recent
-from .view import Budget, LivePicture, PictureView, quietly, save_png
+from .view import Budget, LivePicture, PictureView, has_dashboard, quietly, save_png
 
 # %% ../../nbs/51_ui_plots.ipynb #81200c4d
 def bucket_size(
@@ -353,16 +353,30 @@ class Panel:
 def marks_to_draw(
     marks: Sequence[Mark],  # of a history
     most: int = 30,  # lines of a kind; more would be a fence
-    labels: int = 5,  # names; checkpoints are left out when there are more
+    labels: int = 6,  # names, of the newest; checkpoints are left out when there are more
 ) -> tuple[list[int], list[tuple[int, str]]]:
-    "Steps of epoch ends, and (step, name) of what was done; the names are empty when they are many."
+    "Steps of epoch ends, and (step, name) of what was done; only the newest have names."
     epochs = [m.step for m in marks if m.kind == "epoch"]
     done = [m for m in marks if m.kind not in ("epoch", "fit")]
     if len(done) > labels: done = [m for m in done if m.kind != "checkpoint"]
     names: dict[int, list[str]] = {}
-    for m in done: names.setdefault(m.step, []).append(m.text if m.kind == "command" and m.text else m.kind)
+    for m in done: names.setdefault(m.step, []).append(m.text if m.kind in ("command", "note") and m.text else m.kind)
     named = [(step, ", ".join(dict.fromkeys(kinds))) for step, kinds in list(names.items())[-most:]]
-    return epochs if len(epochs) <= most else [], [(s, name if len(named) <= labels else "") for s, name in named]
+    old = len(named) - labels
+    return epochs if len(epochs) <= most else [], [(s, name if i >= old else "") for i, (s, name) in enumerate(named)]
+
+
+def apart(
+    done: Sequence[tuple[int, str]],  # steps and names, in order
+    least: float,  # steps between two names
+) -> list[tuple[int, str]]:
+    "The same, without the names that stand too near to the next one."
+    out, after = list[tuple[int, str]](), math.inf
+    for step, name in reversed(done):
+        if after - step < least: name = ""
+        if name: after = step
+        out.append((step, name))
+    return out[::-1]
 
 # %% ../../nbs/51_ui_plots.ipynb #b1ad8a80
 class MarkLines:
@@ -378,6 +392,7 @@ class MarkLines:
     def update(self, marks: Sequence[Mark]) -> None:
         "Draw these marks."
         (epochs, done), (low, high) = marks_to_draw(marks), self.ax.get_xlim()
+        done = apart(done, 0.03 * (high - low))
         left = low + 0.06 * (high - low)  # names left of these lines would be outside
         sides = ["left" if x < left else "right" for x, _ in done]
         if (epochs, done, sides) == self._shown: return
@@ -480,14 +495,15 @@ class Curves(PictureView):
         smooth: float = 0.9,  # weight of a neighbour in the trend; 0 draws values only
         refresh: float = 1.0,  # seconds between pictures, at least
         width: float = 9.0,  # inches, of 100 CSS pixels
-        live: bool | None = None,  # show in a cell's output; None: in a notebook
+        live: bool | None = None,  # show in a cell's output; None: in a notebook without a dashboard
     ):
         self.style, self.refresh, self.live = (names, log, smooth, width), refresh, live
 
     @quietly
     def before_fit(self, learn: Any) -> None:
         "A fresh picture for every fit."
-        picture = LivePicture("curves of the run: learn.history.scalars", round(100 * self.style[-1]), self.live, 256)
+        live = self.live if self.live is not None or not has_dashboard(learn) else False
+        picture = LivePicture("curves of the run: learn.history.scalars", round(100 * self.style[-1]), live, 256)
         if not picture.live: return
         self._picture, self._plot, self._budget, self._drawn = picture, Plot(*self.style), Budget(self.refresh), -1
         self.after_batch(learn)

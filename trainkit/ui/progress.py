@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ENDINGS', 'STYLES', 'Status', 'loss_names', 'is_batchwise', 'recent', 'status_of', 'clock', 'digits', 'speed', 'of',
            'join', 'pace', 'losses', 'epoch_text', 'last_word', 'heading', 'epoch_values', 'Table', 'bars_html',
-           'table_html', 'page', 'Place', 'NotebookPlace', 'status_line', 'say', 'row_text', 'TerminalPlace',
-           'LogPlace', 'Tracker', 'place_for_here', 'Progress']
+           'table_html', 'page', 'end_html', 'end_text', 'Place', 'NotebookPlace', 'status_line', 'say', 'row_text',
+           'TerminalPlace', 'LogPlace', 'Tracker', 'place_for_here', 'Progress']
 
 # %% ../../nbs/50_ui_progress.ipynb #3ac2c84c
 import html
@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..environment import where
-from ..history import History
+from ..forks import Scalars
 from .view import Budget, View, quietly
 
 # %% ../../nbs/50_ui_progress.ipynb #7d7605f8
@@ -41,6 +41,10 @@ class Status:
     rate: float = math.nan  # steps a second
     elapsed: float = 0.0  # seconds
     error: str = ""
+    left: float | None = None  # seconds to go, if somebody knows better than the mean pace
+    name: str = ""
+    device: str = ""
+    memory: int | None = None  # bytes in use
 
     @property
     def last_step(self) -> int | None:
@@ -50,6 +54,7 @@ class Status:
     @property
     def eta(self) -> float | None:
         "Seconds to go, at the mean pace of this fit so far."
+        if self.left is not None: return self.left
         done = self.step - self.start
         return None if self.last_step is None or done <= 0 else self.elapsed / done * (self.last_step - self.step)
 
@@ -173,17 +178,18 @@ def heading(
 
 # %% ../../nbs/50_ui_progress.ipynb #a94a3925
 def epoch_values(
-    history: History,  # read, not changed
+    scalars: Scalars,  # what was recorded
     first: int,  # the step before the epoch's first one
+    last: int | None = None,  # its last step; None: it is the newest
 ) -> dict[str, float]:
-    "heading -> value, of everything recorded after step `first`: mean of training series, the newest of others."
+    "heading -> value, of everything recorded in an epoch: mean of training series, the newest of others."
     out: dict[str, float] = {}
-    for name, (steps, values) in history.snapshot().scalars.items():
+    for name, (steps, values) in scalars.items():
         split, *rest = name.split("/")
-        term = split == "train" and len(rest) > 1 and rest[-1] != "loss"
-        if split == "lr" or term or steps[-1] <= first: continue
+        i, end = np.searchsorted(steps, [first, steps[-1] if last is None else last], "right")
+        if split == "lr" or i == end or (split == "train" and len(rest) > 1 and rest[-1] != "loss"): continue
         with np.errstate(all="ignore"):
-            out[heading(name)] = float(values[steps > first].mean() if split == "train" else values[-1])
+            out[heading(name)] = float(values[i:end].mean() if split == "train" else values[end - 1])
     return out
 
 # %% ../../nbs/50_ui_progress.ipynb #f57565a5
@@ -261,6 +267,16 @@ def page(*parts: str) -> str:
     from fastprogress import fastprogress as fp
     return f'{fp.html_styles.strip()}{STYLES}<div class="trainkit">{"".join(parts)}</div>'
 
+
+def end_html(s: Status) -> str:
+    "The last word, in the colour of the ending."
+    return f'<div class="end {s.state}">{html.escape(last_word(s))}</div>'
+
+
+def end_text(s: Status, table: Table, rows: int = 200) -> str:
+    "The table and the last word for readers that show no HTML."
+    return "\n".join([table.text(rows), last_word(s)] if table.rows else [last_word(s)])
+
 # %% ../../nbs/50_ui_progress.ipynb #28121f25
 class Place(Protocol):
     "Where progress is shown."
@@ -298,9 +314,7 @@ class NotebookPlace:
 
     def close(self, s: Status, table: Table) -> None:
         "The last word, and the table for good."
-        word = last_word(s)
-        text, line = "\n".join([table.text(200), word] if table.rows else [word]), html.escape(word)
-        self._send(text, lambda: f'<div class="end {s.state}">{line}</div>', lambda: table_html(table, 200))
+        self._send(end_text(s, table), lambda: end_html(s), lambda: table_html(table, 200))
 
 # %% ../../nbs/50_ui_progress.ipynb #e6b7a934
 def status_line(s: Status) -> str:
@@ -403,7 +417,7 @@ class Tracker:
     def new_row(self, learn: Any) -> bool:
         "Add the row of an epoch that is finished and has none."
         if learn.epoch <= self._epoch: return False
-        now, values = time.perf_counter(), epoch_values(learn.history, self._epoch_step)
+        now, values = time.perf_counter(), epoch_values(learn.history.snapshot().scalars, self._epoch_step)
         self.table.add({"epoch": of(learn.epoch, self.epochs), **{name: digits(v) for name, v in values.items()},
                         "time": clock(now - self._epoch_started, tenths=True)})
         self._epoch, self._epoch_step, self._epoch_started = learn.epoch, learn.step, now

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['to_uint8', 'sample_grid', 'comparison_grid', 'enlarge', 'watching', 'fixed_noise', 'compare', 'is_pictures',
-           'on_screen', 'columns_of', 'Sampler', 'seconds_of', 'Samples']
+           'on_screen', 'columns_of', 'Sampler', 'seconds_of', 'Looking', 'Samples']
 
 # %% ../../nbs/52_ui_samples.ipynb #11d1f041
 import math
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ..device import evaluating
-from .view import Budget, LivePicture, PictureView, quietly, save_png
+from .view import Budget, LivePicture, PictureView, has_dashboard, quietly, save_png
 
 # %% ../../nbs/52_ui_samples.ipynb #d98f32ce
 def to_uint8(
@@ -166,10 +166,36 @@ def seconds_of(
     return float(every)
 
 # %% ../../nbs/52_ui_samples.ipynb #324c7866
-class Samples(PictureView):
-    "Pictures of what the model makes, of the same inputs again and again; in a notebook they are shown."
+class Looking(PictureView):
+    "Takes pictures, keeps and shows them."
 
     order = 92  # below the curves
+    sampler: Sampler
+    _budget: Budget
+
+    def __init__(self, live: bool | None):  # show in a cell's output; None: in a notebook without a dashboard
+        self.live, self._step = live, -1
+
+    def _open(self, learn: Any) -> None:
+        live = self.live if self.live is not None or not has_dashboard(learn) else False
+        name, self._step = self.sampler.name, -1
+        self._picture = LivePicture(f"{name}: learn.history.media[{name!r}]", longest=384, live=live)
+
+    def _look(self, learn: Any) -> None:
+        if self._picture is None or learn.step == self._step: return
+        with self._budget.spend(): picture, self._step = self.sampler.look(learn), learn.step
+        if picture is None: self._picture = None
+        else: self._picture.show(on_screen(picture))
+
+    def sample_now(self, learn: Any) -> None:
+        "Look because somebody asks, also between two fits; ValueError if there is nothing to see."
+        picture, self._step = self.sampler.look(learn), learn.step
+        if picture is None: raise ValueError("this generator makes no pictures")
+        if self._picture is not None: self._picture.show(on_screen(picture))
+
+# %% ../../nbs/52_ui_samples.ipynb #2a0147fd
+class Samples(Looking):
+    "Pictures of what the model makes, of the same inputs again and again; in a notebook they are shown."
 
     def __init__(
         self,
@@ -178,24 +204,18 @@ class Samples(PictureView):
         n: int = 100,  # images of a grid at most
         nrow: int | None = None,  # images in a row; None: one for each class, else 8
         name: str = "samples",  # in the history, and of the folder in the run's folder
-        live: bool | None = None,  # show in a cell's output; None: in a notebook
+        live: bool | None = None,  # show in a cell's output; None: in a notebook without a dashboard
     ):
-        self.seconds, self.live = seconds_of(every), live
-        self.sampler, self._step = Sampler(source, n, nrow, name), -1
+        super().__init__(live)
+        self.seconds, self.sampler = seconds_of(every), Sampler(source, n, nrow, name)
+        self._budget = Budget(self.seconds or 1.0, share=0.05)
 
     @quietly
     def before_fit(self, learn: Any) -> None:
         "A fresh picture for every fit, of the model as it is."
         self._budget = Budget(self.seconds or 1.0, share=0.05)
-        self._step, name = -1, self.sampler.name
-        self._picture = LivePicture(f"{name}: learn.history.media[{name!r}]", longest=384, live=self.live)
+        self._open(learn)
         self._look(learn)
-
-    def _look(self, learn: Any) -> None:
-        if self._picture is None or learn.step == self._step: return
-        with self._budget.spend(): picture, self._step = self.sampler.look(learn), learn.step
-        if picture is None: self._picture = None
-        else: self._picture.show(on_screen(picture))
 
     @quietly
     def after_epoch(self, learn: Any) -> None:

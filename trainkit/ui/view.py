@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['quietly', 'View', 'Budget', 'to_png', 'to_jpeg', 'save_png', 'live_widgets', 'image_widget', 'LivePicture',
-           'PictureView']
+           'PictureView', 'has_dashboard']
 
 # %% ../../nbs/49_ui_view.ipynb #606cf824
 import functools
@@ -31,7 +31,7 @@ def quietly(
     "The method, which on its first error warns and switches its view off instead of raising into the training."
     @functools.wraps(method)
     def run(self: Any, learn: Any) -> None:
-        if method.__name__ == "before_fit": self.off = False  # a new fit, a new chance
+        if method.__name__ == self.begins: self.off = False  # a new fit, a new chance
         if self.off: return
         try: method(self, learn)
         except Exception as e:
@@ -49,6 +49,7 @@ class View(Callback):
     order = 90  # behind everything that records
     probing = False  # a trial run is nothing to show
     off = False  # set by the first error
+    begins = "before_fit"  # its first event of a fit
 
     @quietly
     def before_fit(self, learn: Any) -> None:
@@ -67,9 +68,12 @@ class Budget:
         share: float = 0.02,  # of the wall time
         credit: float = 0.5,  # seconds of drawing that are free
         clock: Callable[[], float] = time.perf_counter,  # in seconds
+        effort: Callable[[], float] | None = None,  # in seconds: what is charged; None: the clock
+        rest: float = 0.0,  # times what a drawing took is the least pause after it
     ):
-        self.every, self.share, self.clock = every, share, clock
+        self.every, self.share, self.clock, self.effort, self.rest = every, share, clock, effort or clock, rest
         self.begin, self.next = clock(), -math.inf  # when the next drawing is due
+        self.rested = -math.inf
         self.cost, self.charged = 0.0, -credit  # what the last one took, all of them
 
     def due(self) -> bool:
@@ -79,13 +83,18 @@ class Budget:
     @contextmanager
     def spend(self) -> Iterator[None]:
         "Draw inside; what it costs decides when the next drawing is due."
-        start = self.clock()
+        start, before = self.clock(), self.effort()
         try: yield
         finally:
-            end = self.clock()
-            self.charged += min(self.cost, end - start)
-            self.cost = end - start
-            self.next = max(end + self.every, self.begin + self.charged / self.share)
+            end, cost = self.clock(), self.effort() - before
+            self.charged += min(self.cost, cost)
+            self.cost = cost
+            self.rested = end + self.rest * (end - start)
+            self.next = max(end + self.every, self.rested, self.begin + self.charged / self.share)
+
+    def hurry(self) -> None:
+        "Somebody waits: the next drawing is due as soon as the last one's rest is over."
+        self.next = min(self.next, self.rested)
 
 # %% ../../nbs/49_ui_view.ipynb #6f8939c1
 def to_png(
@@ -103,11 +112,12 @@ def to_png(
 # %% ../../nbs/49_ui_view.ipynb #4ef4fccc
 def to_jpeg(
     pixels: np.ndarray,  # uint8, height x width or height x width x 3
+    quality: int = 90,  # up to 95
 ) -> bytes:
     "The picture as JPEG with all its colours."
     from PIL import Image
     out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "JPEG", quality=90, subsampling=0)
+    Image.fromarray(pixels).save(out, "JPEG", quality=quality, subsampling=0)
     return out.getvalue()
 
 # %% ../../nbs/49_ui_view.ipynb #c7ecae2b
@@ -197,3 +207,9 @@ class PictureView(View):
 
     def _abandon(self) -> None:
         self._close()
+
+# %% ../../nbs/49_ui_view.ipynb #9958ed04
+def has_dashboard(learn: Any) -> bool:
+    "Does a dashboard show the learner's runs?"
+    cbs = getattr(learn, "cbs", None)
+    return cbs is not None and cbs.get("Dashboard") is not None

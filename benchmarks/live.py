@@ -1,0 +1,256 @@
+"""What live control costs, and how long a click takes, in a real JupyterLab that a real browser looks at.
+
+    OMP_NUM_THREADS=1 python benchmarks/live.py            writes benchmarks/results/live.md
+    OMP_NUM_THREADS=1 python benchmarks/live.py --print    shows it only
+
+A GAN on digits trains in one thread. The page notes when it sees a click, the journal when it has been applied; both read
+the same clock. Rates are in CPU time too, as the browser and the server run on the same machine.
+"""
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+import json
+import platform
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from playwright.sync_api import expect, sync_playwright  # noqa: E402
+
+from tests.browser.conftest import CHROMIUM, FLAGS, Lab, serving  # noqa: E402
+from tests.browser.labpage import LabPage  # noqa: E402
+from tests.browser.test_live import CLICKS, MAKE, Shown  # noqa: E402
+
+RESULTS = Path(__file__).resolve().parent / "results" / "live.md"
+SECONDS = 180  # of the long run
+PATIENT = """
+nap.update(after_batch=0)
+seen = []  # a row for each step: clock, CPU time of the thread that trains, and of the whole process
+def note(learn): seen.append((time.time(), time.thread_time(), time.process_time()))
+gan.add(On("after_batch", note))
+"""
+CLICKED = """
+steps = [b[0] - a[0] for a, b in zip(seen, seen[1:])]
+rows = [(e.what, e.time) for e in gan.journal.entries if e.source == "panel"]
+print(json.dumps([rows, sorted(steps)[len(steps) // 2], sorted(steps)[int(0.95 * len(steps))]]))
+"""
+PAIRS = """
+def again(front):
+    torch.manual_seed(0)
+    g = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 784), nn.Tanh(), nn.Unflatten(1, (1, 28, 28)))
+    d = nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.LeakyReLU(0.2), nn.Linear(64, 1), nn.Flatten(0))
+    return GANLearner(g, d, digits[:1024], latent=16, opt=opt, batch_size=32, n_samples=16, seed=1, device="cpu",
+                      save_every="none", cbs=[On("after_batch", note)], **front)
+costs = {"dashboard": [], "none": []}
+pair = {"dashboard": again({}), "none": again({"front": "none"})}
+for _ in range(5):
+    for name, learn in pair.items():
+        seen.clear()
+        learn.fit(steps=1500)
+        first, last = seen[100], seen[-1]  # what is made once, at the beginning, is left out
+        costs[name].append([(b - a) / (len(seen) - 101) for a, b in zip(first, last)])
+print("costs", json.dumps(costs))
+"""
+LONG = """
+import ipywidgets
+from trainkit.ui.dashboard import Dashboard
+from trainkit.ui.view import Budget
+
+kernel, sent, said, rows = get_ipython().kernel, [0], [0, 0], []
+send = kernel.session.send
+def counted(stream, *args, **kw):
+    sent[0] += kw.get("ident") == b"" or "iopub" in repr(kw.get("ident")) or stream is kernel.iopub_socket
+    return send(stream, *args, **kw)
+
+def hurried(learn):
+    live = learn.cbs.get(Dashboard).live
+    if live.ticker.every == 0.25 and fast[0]:
+        live.ticker.every, d = 0.0005, live.drawing
+        d.words = Budget(0, 1e9, credit=1e9)
+        d.pictures = Budget(0.05, 1e9, credit=1e9)
+        say, draw = d.say, d.draw
+        def saying(told):
+            said[0] += 1
+            say(told)
+        def drawing():
+            said[1] += 1
+            return draw()
+        d.say, d.draw = saying, drawing
+    if rows and time.time() - rows[-1][0] < 2: return
+    with open("/proc/self/statm") as file: size = int(file.read().split()[1]) * 4096
+    rows.append((time.time(), *said, sent[0], size, len(kernel.comm_manager.comms),
+                 len(ipywidgets.widgets.widget._instances), learn.step))
+
+class Counting:
+    order = 99
+kernel.session.send = counted
+fast = [False]
+gan.remove(On)
+gan.add(On("after_batch", lambda learn: (time.sleep(0.01), hurried(learn))))
+"""
+LONG_FIT = "fast[0] = FAST\nrows.clear()\ngan.fit(steps=10**7)\nprint('rows', json.dumps(rows))"
+
+
+def opened(lab: Lab, page: Any, name: str, *sources: str) -> LabPage:
+    "A notebook whose first cell has made the GAN."
+    nb = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "python3"}})
+    nb.cells = [nbformat.v4.new_code_cell(source.strip()) for source in (MAKE.replace("NAME", name) + PATIENT, *sources)]
+    nbformat.write(nb, lab.folder / f"{name}.ipynb")
+    page.add_init_script(CLICKS)
+    notebook = LabPage(page, lab.address(f"{name}.ipynb"))
+    notebook.run(0, wait=120)
+    return notebook
+
+
+def answer(notebook: LabPage, index: int, word: str = "") -> Any:
+    "The JSON that a cell has printed, behind a word."
+    texts = notebook.output(index).locator("pre").all_inner_texts()
+    return json.loads(next(text.strip().removeprefix(word) for text in texts if text.strip().startswith(word or "[")))
+
+
+def stop(notebook: LabPage, shown: Shown, index: int) -> None:
+    shown.press("Stop", "stop")
+    expect(shown.area).to_contain_text("stopped at step", timeout=60_000)
+    notebook.wait_done(index)
+
+
+def clicks(lab: Lab, page: Any, background: bool) -> str:
+    "A row: how long a hundred clicks took."
+    how = "background" if background else "foreground"
+    notebook = opened(lab, page, f"clicks-{how}", f"gan.fit(steps=10**6, background={background})", CLICKED)
+    notebook.run(1, wait=None)
+    shown = Shown(page, notebook.output(1))
+    shown.runs()
+    for _ in range(20):
+        shown.press("Pause", "pause", shows="Resume")
+        shown.press("One step", "step")
+        shown.press("Resume", "resume", shows="Pause")
+        shown.press("Sample", "sample")
+        shown.press("Sample", "sample")
+    stop(notebook, shown, 1)
+    notebook.wait_idle()
+    pressed = page.evaluate("clicks")
+    notebook.run(2)
+    rows, step, slow = answer(notebook, 2)
+    assert [what for what, _ in rows] == [what for what, _ in shown.clicked] and len(pressed) == len(rows) == 101
+    late = sorted(1000 * applied - at for (_, at), (_, applied) in zip(pressed, rows))
+    p95, most = late[int(0.95 * len(late))], late[-1]
+    return f"| {how} | {statistics.median(late):.0f} | {p95:.0f} | {most:.0f} | {1000 * step:.1f} | {1000 * slow:.1f} | 101 |"
+
+
+def dragged(lab: Lab, page: Any) -> str:
+    "Steps while a slider is dragged, and while nothing is touched, in turns."
+    notebook = opened(lab, page, "dragged", "gan.fit(steps=10**6)", "print(json.dumps(seen))")
+    notebook.run(1, wait=None)
+    shown = Shown(page, notebook.output(1))
+    shown.runs()
+    page.wait_for_timeout(3000)
+    row, windows = shown.row("generator", "learning rate"), []
+    row.scroll_into_view_if_needed()
+    for _ in range(5):
+        for drag in (True, False):
+            begin = page.evaluate("Date.now()")
+            if drag:
+                shown.drag(row, [0.2, 0.8, 0.3, 0.7, 0.5])
+                page.wait_for_timeout(max(0, 4000 - (page.evaluate("Date.now()") - begin)))
+            else:
+                page.wait_for_timeout(4000)
+            windows.append((drag, begin / 1000, page.evaluate("Date.now()") / 1000))
+    stop(notebook, shown, 1)
+    notebook.wait_idle()
+    notebook.run(2)
+    seen, found = answer(notebook, 2), []
+    for drag in (True, False):
+        inside = [[row for row in seen if a <= row[0] <= b] for kind, a, b in windows if kind is drag]
+        found.append([statistics.median((w[-1][i] - w[0][i]) / (len(w) - 1) for w in inside) for i in (0, 1)])
+    (wall, cpu), (wall_none, cpu_none) = found
+    return (f"| a slider is dragged | {1 / wall:.0f} | {1 / wall_none:.0f} | {100 * (wall / wall_none - 1):+.1f} % | "
+            f"{100 * (cpu / cpu_none - 1):+.1f} % (the thread that trains) |")  # fmt: skip
+
+
+def beside_none(lab: Lab, page: Any) -> str:
+    "Steps with the dashboard, and with front='none', in turns in one kernel."
+    notebook = opened(lab, page, "pairs", PAIRS)
+    notebook.run(1, wait=300)
+    costs = answer(notebook, 1, "costs")
+    wall, thread, process = ([statistics.median(row[i] for row in costs[name]) for name in costs] for i in range(3))
+    return (f"| the dashboard, or none | {1 / wall[0]:.0f} | {1 / wall[1]:.0f} | {100 * (wall[0] / wall[1] - 1):+.1f} % | "
+            f"{100 * (thread[0] / thread[1] - 1):+.1f} % (the thread that trains), "
+            f"{100 * (process[0] / process[1] - 1):+.1f} % (all threads) |")  # fmt: skip
+
+
+def long_run(lab: Lab, page: Any) -> list[str]:
+    "A normal half minute, then as many refreshes as fit: what grows?"
+    notebook = opened(lab, page, "long", LONG, LONG_FIT.replace("FAST", "False"), LONG_FIT.replace("FAST", "True"))
+    notebook.run(1)
+    file, sizes = lab.folder / "long.ipynb", []
+    for index, seconds, parts in (2, 30, 1), (3, SECONDS, 3):
+        notebook.run(index, wait=None)
+        shown = Shown(page, notebook.output(index))
+        shown.runs()
+        for _ in range(parts):
+            page.wait_for_timeout(1000 * seconds / parts)
+            page.keyboard.press("Control+s")
+            page.wait_for_timeout(1500)
+            sizes.append(file.stat().st_size)
+        stop(notebook, shown, index)
+    normal, fast = (answer(notebook, index, "rows") for index in (2, 3))
+    a, b = normal[2], normal[-1]
+    lines = [f"At its usual pace the dashboard sends {(b[3] - a[3]) / (b[0] - a[0]):.0f} IOPub messages a second.", "",
+             "| | refreshes | pictures | IOPub messages per refresh | resident MB | comms | widgets | steps | notebook KB |",
+             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for i, (name, place) in enumerate((("start", 0.1), ("middle", 0.5), ("end", 0.95))):
+        k = max(1, int(place * len(fast)))
+        row, before = fast[k], fast[max(0, k - max(1, len(fast) // 10))]
+        each = (row[3] - before[3]) / max(1, row[1] - before[1])
+        lines.append(f"| {name} | {row[1]} | {row[2]} | {each:.2f} | {row[4] / 1e6:.0f} | {row[5]} | {row[6]} | {row[7]} | "
+                     f"{sizes[1 + i] / 1000:.0f} |")  # fmt: skip
+    return lines
+
+
+def measured(part: Any, *args: Any) -> Any:
+    "What a part finds, in a browser context of its own; and the load of the machine meanwhile."
+    with tempfile.TemporaryDirectory() as home, serving(Path(home)) as lab, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_context(viewport={"width": 1200, "height": 1500}).new_page()
+        found = part(lab, page, *args)
+        browser.close()
+    load = f"{os.getloadavg()[0]:.1f}"
+    return [*found, "", f"Load {load}."] if isinstance(found, list) else f"{found} {load} |"
+
+
+def main() -> None:
+    import ipykernel
+    import jupyterlab
+
+    parts = set(sys.argv[1:]) & {"clicks", "speed", "long"} or {"clicks", "speed", "long"}
+    lines = ["# Live control", "", "Written by `benchmarks/live.py`.", "",
+             f"JupyterLab {jupyterlab.__version__}, ipykernel {ipykernel.__version__}, Python {platform.python_version()}, "
+             f"{os.cpu_count()} cores, which kernel, server and browser share; torch uses one thread. `load` is the machine's "
+             "average number of busy processes over the last minute: above the number of cores, everything waits."]  # fmt: skip
+    if "clicks" in parts:
+        lines += ["", "## From the click in the page to the entry in the journal", "",
+                  "| fit | median ms | 95 % | most | a step, median ms | 95 % | of | load |", "|---|---|---|---|---|---|---|---|"]
+        lines += [measured(clicks, background) for background in (False, True)]
+    if "speed" in parts:
+        lines += ["", "## Steps a second", "", "| | with | without | time of a step | its CPU time | load |", "|---|---|---|---|---|---|"]
+        lines += [measured(dragged), measured(beside_none)]
+    if "long" in parts:
+        lines += ["", "## A long run, compressed", "", f"The display is brought up to date without any pause for {SECONDS} s.", ""]
+        lines += measured(long_run)
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if "--print" not in sys.argv:
+        RESULTS.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
