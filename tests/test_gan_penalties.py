@@ -32,7 +32,7 @@ def by_name(penalty):
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.floats(0.05, 4), st.floats(0, 20), st.floats(0, 3), st.integers(0, 999))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_linear_critic_closed_form(n_real, n_fake, norm, weight, target, seed):
     torch.manual_seed(seed)
     w = torch.randn(12)

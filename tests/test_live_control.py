@@ -35,6 +35,7 @@ def done(tmp_path_factory):
             cell.source = cell.source.replace(old, new)
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRAINKIT_WHERE", raising=False)
+        patch.setenv("TRAINKIT_REFRESH", "60")  # the pictures at the end are enough
         nbclient.NotebookClient(nb, timeout=300, kernel_name="python3").execute(cwd=str(folder))
     return nb, folder / "runs/live"
 

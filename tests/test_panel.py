@@ -158,7 +158,7 @@ def deed(panel, run, what, *how):
     elif what == "mode": dials(panel)["lr", "generator"].mode.value ^= True
     elif what == "back": press(panel, dials(panel)["lr", "generator"].back)
     elif what == "undo": press(panel, panel.view.buttons.made[what])
-        elif what == "pause": press(panel, panel.view.buttons.made[offered(panel)])
+    elif what == "pause": press(panel, panel.view.buttons.made[offered(panel)])
     elif what == "elsewhere": run.send("set", name=how[0][0], player=how[0][1] or None, value=how[1])
     elif what in ("store", "apply"): panel.preset(what, how[0])
     elif what == "refresh": panel.refresh()
@@ -318,7 +318,7 @@ def test_states_of_buttons():
     run.paused = True  # by somebody else, while the press is on its way: it means what was to be read on the screen
     panel.refresh()
     made["pause"].click()
-    assert run.waiting[-1].name == "pause"
+    assert run.queue.pending[-1].name == "pause"
     panel.close()
 
 

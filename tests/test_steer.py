@@ -10,6 +10,7 @@ from torch import nn
 from ways import same_weights
 
 from trainkit.callback import Callback, CancelFit, CancelPause, On
+from trainkit.callbacks.stopping import EarlyStopping
 from trainkit.checkpoint import CheckpointError
 from trainkit.journal import Journal
 from trainkit.learner import Learner
@@ -402,3 +403,157 @@ def test_one_may_look_back_from_inside_a_fit(tmp_path):
     learn.fit(steps=20, schedule="stretch")
     same_weights(learn, plain)
     assert seen["past"] == seen["then"]
+
+
+def test_a_pause_holds_a_run_that_makes_single_steps():
+    learn = learner(cbs=[at(2, ("step", {"n": 5})), at(4, ("pause", {}))])
+    held = []
+    learn.add(On("before_pause", lambda learn: (held.append(learn.step), learn.send("resume"))))
+    learn.fit(epochs=2)
+    assert held == [4] and learn.step == 16
+
+
+def test_a_schedule_still_ends_with_the_fit_when_its_player_moves_more_often():
+    def make(*cbs):
+        torch.manual_seed(0)
+        two = [Player(name, nn.Linear(1, 1), opt=OptimBuilder("sgd", lr=0.1, schedule="linear"), every=every, step=own)
+               for name, every in (("critic", 1), ("actor", 4))]  # fmt: skip
+        return Learner(two, [(torch.ones(2, 1),)] * 64, front="none", cbs=cbs)
+
+    def own(learn, batch):
+        return learn.player.modules[learn.player.name](batch[0]).mean()
+
+    for value in (1.0, 2.0, 8.0):
+        learn = make(at(16, ("set", {"name": "every", "player": "actor", "value": value})))
+        learn.fit(epochs=1)
+        schedule = learn.players[1].schedule
+        assert schedule.update == schedule.total == 4 + 48 // value
+    undone = make(at(16, ("set", {"name": "every", "player": "actor", "value": 1.0})), at(20, ("undo", {})))
+    undone.fit(epochs=1)
+    assert undone.players[1].schedule.update == undone.players[1].schedule.total == 4 + 4 + 11
+    assert undone.players[1].every == 4
+
+
+def test_a_look_counts_for_nobody_who_waits_for_something_better():
+    def make(clicks):
+        learn = learner(cbs=[EarlyStopping(patience=3), at(10, *[("validate", {})] * clicks)], schedule={
+            "name": "plateau", "monitor": "valid/loss", "patience": 1})  # fmt: skip
+        learn.fit(epochs=6)
+        return learn
+
+    quiet, nosy = make(0), make(8)
+    same_weights(quiet, nosy)
+    assert quiet.step == nosy.step
+    assert nosy.history.scalars["valid/loss"][0].tolist().count(10) == 8
+
+
+def test_what_a_person_saved_with_a_note_is_kept(tmp_path):
+    learn = learner(run=tmp_path / "a")
+    learn.fit(epochs=1)
+    noted = learn.save("before the experiment")
+    sent = learn.send("save", note="by a button").wait()
+    learn.fit(epochs=6, schedule="restart")
+    assert {noted.id, sent.id} <= {entry.id for entry in learn.checkpoints}
+
+
+def test_the_end_after_an_epoch_can_be_asked_for_in_its_validation_and_taken_back():
+    learn = learner(cbs=[On("after_validate", lambda learn: learn.stop(after="epoch"))])
+    learn.fit(epochs=3)
+    assert (learn.state, learn.epoch) == ("stopped", 1)
+    learn = learner(cbs=[at(2, ("stop", {"after": "epoch"}), ("resume", {}))])
+    learn.fit(epochs=3)
+    assert (learn.state, learn.epoch) == ("finished", 3)
+    with pytest.raises(ValueError, match="'step' or 'epoch'"):
+        learn.stop(after="lunch")
+
+
+def test_what_cannot_be_written_or_told_is_refused_at_once(tmp_path):
+    learn = learner(run=tmp_path / "a")
+    for bad in (lambda: learn.note("half an emoji \ud83d"), lambda: learn.save(note="\ud83d"),
+                lambda: learn.send("note", text="x", at=3), lambda: learn.send("note", text="x", at=(3,)),
+                lambda: learn.release("lrr"), lambda: learn.release("beta1")):  # fmt: skip
+        with pytest.raises((TypeError, ValueError)):
+            bad()
+    with pytest.raises(ValueError, match="SIGFOO"):
+        learner(signals="SIGFOO=save")
+    learn.fit(epochs=1)
+    assert learn.state == "finished"
+
+
+def test_a_command_is_not_waited_for_by_the_thread_that_will_do_it():
+    errors = []
+
+    def wait(learn):
+        if learn.step == 3:
+            try:
+                learn.set("lr", 0.02).wait()
+            except RuntimeError as error:
+                errors.append(str(error))
+
+    learn = learner(cbs=[On("after_batch", wait)])
+    learn.fit(epochs=1)
+    assert len(errors) == 1 and "this thread" in errors[0]
+    assert told(learn, "set") == [("set", 3, "")]
+
+
+def test_undo_takes_back_the_last_touch_though_several_wait():
+    touches = [("set", {"name": "lr", "value": v}) for v in (0.02, 0.03)]
+    between = ("set", {"name": "weight_decay", "value": 0.5})
+    learn = learner(cbs=[at(3, touches[0], between, touches[1], ("undo", {}))])
+    learn.fit(epochs=1)
+    assert learn.players[0].schedule.overridden == {"value": 0.02}
+    assert learn.players[0].opt.param_groups[0]["weight_decay"] == 0.5
+
+
+def test_two_learners_of_one_process_do_not_share_a_folder(tmp_path):
+    errors = []
+
+    def intrude(learn):
+        if learn.step == 3:
+            try:
+                learner(run=tmp_path / "a").fit(epochs=1)
+            except CheckpointError as error:
+                errors.append(str(error))
+
+    learn = learner(run=tmp_path / "a", cbs=[On("after_batch", intrude)])
+    learn.fit(epochs=1)
+    assert len(errors) == 1 and "another learner of this process" in errors[0]
+    assert not (tmp_path / "a.1").exists()
+    again = learner(run=tmp_path / "a")
+    with pytest.warns(UserWarning, match="held another run"):
+        again.fit(epochs=1)
+
+
+def test_a_list_of_checkpoints_may_be_read_by_anybody_at_any_time(tmp_path):
+    learn, errors, over = learner(run=tmp_path / "a"), [], threading.Event()
+    learn.add(On("after_batch", lambda learn: learn.send("save")))
+
+    def look():
+        while not over.is_set():
+            try:
+                learn.checkpoints.list()
+            except Exception as error:  # whatever it is
+                errors.append(error)
+
+    threads = [threading.Thread(target=look) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    learn.fit(epochs=4)
+    over.set()
+    for thread in threads:
+        thread.join(20)
+    assert errors == [] and learn.state == "finished"
+
+
+def test_weights_of_terms_are_knobs_whosever_turn_was_last():
+    def own(learn, batch):
+        out = learn.player.modules[learn.player.name](batch[0])
+        return {f"{learn.player.name}1": out.pow(2).mean(), f"{learn.player.name}2": out.abs().mean()}
+
+    torch.manual_seed(0)
+    two = [Player(name, nn.Linear(1, 1), step=own, every=every) for name, every in (("critic", 1), ("actor", 2))]
+    learn = Learner(two, [(torch.ones(2, 1),)] * 8, opt="sgd", front="none")
+    for steps in (4, 1):
+        learn.fit(steps=steps)
+        names = {control.name for control in learn.controls()}
+        assert {"weights.critic1", "weights.critic2", "weights.actor1", "weights.actor2"} <= names

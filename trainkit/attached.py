@@ -55,6 +55,7 @@ class Posted(Command):
     path: Path = Path()  # its file, while it lies there
     look: Callable[[], Any] = field(default=lambda: None, repr=False)  # reads what is new in the journal
     gone: Callable[[], str] = field(default=lambda: "", repr=False)  # why there will be no answer
+    told: Callable[[], float] = field(default=lambda: time.time(), repr=False)  # when the run last said how it stands
 
     def wait(
         self,
@@ -71,7 +72,14 @@ class Posted(Command):
             self._done.wait(pause)
             pause = min(2 * pause, 0.1)
         if not self._done.is_set(): raise TimeoutError(f"{self.name} was not done within {timeout} s: it waits for the next step")
+        self._see()
         return super().wait(0)
+
+    def _see(self) -> None:
+        "Until the run's status says what the answer says; a run that ends meanwhile says no more."
+        end = time.monotonic() + 1.5
+        while self.answer is not None and self.told() < self.answer.time and time.monotonic() < end and not self.gone():
+            time.sleep(0.02)
 
     def _give_up(self, reason: str) -> None:
         if not reason: return
@@ -122,6 +130,10 @@ class Sender(Answers):
 
     _latest: Posted | None = None  # what was sent last from here
 
+    def _told(self) -> float:
+        said = read_status(self.path).get("time", 0.0)
+        return float(said) if isinstance(said, (int, float)) else 0.0
+
     def send(
         self,
         name: str,  # of the command
@@ -132,7 +144,7 @@ class Sender(Answers):
         "Ask the run for something; ValueError or TypeError if that makes no sense, NotListening if there is nobody to ask."
         found = check_command(name, values)
         if reason := self.silence: raise NotListening(f"{name} was not sent to {self.path}: {reason}")
-        command = Posted(name, found, source, look=self._look, gone=lambda: self.silence)
+        command = Posted(name, found, source, look=self._look, gone=lambda: self.silence, told=self._told)
         with self._lock:
             self._withdraw(command)
             self._waiting[command.id], self._latest = command, command
@@ -201,7 +213,7 @@ class MoreHands(Hands):
         "Draw samples now."
         return self.send("sample")
 
-    def save(self, note: str = "", pin: bool = False) -> Command:
+    def save(self, note: str = "", pin: bool | None = None) -> Command:
         "Save a checkpoint."
         return self.send("save", note=note, pin=pin)
 

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -313,11 +313,15 @@ class Locked(Claimed):
     "A shelf that only one process at a time may train into."
 
     _lock: IO[str] | None = None
+    _inside: ClassVar[set[Path]] = set()  # folders that somebody in this process trains into: file locks are a process's
 
     def lock(self) -> None:
-        "Keep other processes out until `unlock` (or the end of this one); CheckpointError if one of them is inside."
+        "Keep others out until `unlock` (or the end of this process); CheckpointError if one of them is inside."
         if fcntl is None or self._lock is not None:
             return
+        if self.folder.resolve() in self._inside:
+            raise CheckpointError(f"another learner of this process is training in {self.folder}; take another run name, or end "
+                                  "that one first: its wait() or stop()")  # fmt: skip
         try:
             file = open(made_folder(self.folder) / "lock", "a")
         except OSError:  # a folder that can only be read; saving will say so
@@ -325,6 +329,7 @@ class Locked(Claimed):
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._lock = file
+            self._inside.add(self.folder.resolve())
         except (BlockingIOError, PermissionError):
             file.close()
             raise CheckpointError(f"process {self.owner().get('process')} is training in {self.folder}; take another run "
@@ -337,6 +342,7 @@ class Locked(Claimed):
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+            self._inside.discard(self.folder.resolve())
 
 # %% ../nbs/23_checkpoint.ipynb #bb08d606
 def whole_or_none(name: str, value: Any, least: int) -> int | None:

@@ -13,31 +13,33 @@ import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 from .journal import Entry
 
 # %% auto #0
-__all__ = ['NEEDED', 'KINDS', 'COMMANDS', 'Value', 'Spec', 'check_command', 'parse', 'as_line', 'Command', 'CommandQueue']
+__all__ = ['NEEDED', 'KINDS', 'COMMANDS', 'Value', 'Spec', 'check_command', 'check_at', 'parse', 'as_line', 'Command',
+           'CommandQueue']
 
 # %% ../nbs/03a_commands.ipynb #f9dc843e
 NEEDED: Any = object()  # a value that must be given
 
 
 def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError("a text")
+    if not isinstance(value, str) or value != value.encode(errors="ignore").decode():
+        raise TypeError("a text that can be written to a file")
     return value
 
 
 def _count(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise TypeError("a whole number >= 1")
-    return value
+    return int(value)
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise TypeError("a finite number")
     return float(value)
 
@@ -49,9 +51,9 @@ def _flag(value: Any) -> bool:
 
 
 def _place(value: Any) -> str | int:
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
+    if isinstance(value, bool) or not isinstance(value, (str, Integral)):
         raise TypeError("'last', 'best', an id or a step")
-    return value
+    return value if isinstance(value, str) else int(value)
 
 
 KINDS = {"text": _text, "count": _count, "number": _number, "flag": _flag, "place": _place}
@@ -99,7 +101,8 @@ COMMANDS: dict[str, Spec] = {
     "undo": Spec("take back the last set or release"),
     "validate": Spec("validate now"),
     "sample": Spec("draw samples now"),
-    "save": Spec("save a checkpoint", {"note": Value("text", "", "shown beside it"), "pin": Value("flag", False, "keep it")}),
+    "save": Spec("save a checkpoint", {
+        "note": Value("text", "", "shown beside it"), "pin": Value("flag", None, "keep it; with a note: yes")}),
     "restore": Spec("go back to a checkpoint and go on from there", {"which": Value("place", "last", "last, best, id or step")}),
     "note": Spec("write a note on the curves", {"text": Value("text", help="the note")}),
 }
@@ -125,6 +128,13 @@ def check_command(
         raise TypeError("set takes a value, or times= (a multiple of the schedule)")
     return found
 
+# %% ../nbs/03a_commands.ipynb #2675b9fc
+def check_at(at: Any) -> None:
+    "ValueError unless `at` is None or (step, epoch)."
+    pair = isinstance(at, (tuple, list)) and len(at) == 2
+    if at is not None and not (pair and all(type(n) is int and n >= 0 for n in at)):
+        raise ValueError(f"at= takes (step, epoch), two whole numbers >= 0; received {at!r:.80}")
+
 # %% ../nbs/03a_commands.ipynb #3c77c4a9
 def _value_of(text: str, kind: str) -> Any:
     "What a word means; a word that is not of the kind stays as it is, for the check to refuse."
@@ -139,7 +149,9 @@ def _value_of(text: str, kind: str) -> Any:
 
 
 def _knob_word(word: str) -> dict[str, Any]:
-    name, _, value = word.partition("=")
+    name, equals, value = word.partition("=")
+    if not equals:
+        raise TypeError(f"set takes NAME=VALUE, or NAME*=MULTIPLE of the schedule; received {word!r:.80}")
     key = "times" if name.endswith("*") else "value"
     return {"name": name.rstrip("*"), key: _value_of(value, "number")}
 
@@ -201,6 +213,7 @@ class Command:
     answer: Entry | None = None  # once it is done
     result: Any = None  # what came of it
     error: BaseException | None = None  # or why it was refused
+    thread: int = 0  # that will do it
     _done: threading.Event = field(default_factory=threading.Event, repr=False)
 
     def done(self, answer: Entry | None, result: Any = None, error: BaseException | None = None) -> None:
@@ -213,6 +226,8 @@ class Command:
         timeout: float | None = None,  # seconds; None: as long as it takes
     ) -> Any:
         "What came of it, once it is done; raises what it was refused with, and TimeoutError."
+        if not self._done.is_set() and self.thread == threading.get_ident():
+            raise RuntimeError(f"{self.name} waits for the next step, which this thread makes: don't wait for it here")
         if not self._done.wait(timeout):
             raise TimeoutError(f"{self.name} was not done within {timeout} s: it waits for the next step")
         if self.error is not None:
@@ -280,12 +295,10 @@ class CommandQueue:
 
 
 def _older(waiting: list[Command], new: Command) -> int | None:
-    "Where an older touch of the same knob waits, with nothing but such touches behind it."
+    "Where an older touch of the same knob waits, if nothing is behind it."
     key = ("name", "player")
-    for i in reversed(range(len(waiting))):
-        if waiting[i].name != "set" or new.name != "set" or new.at is not None:  # what is told again is told whole
-            return None
-        same = all(waiting[i].values.get(k) == new.values.get(k) for k in key)
-        if same and (waiting[i].source, waiting[i].at) == (new.source, None):
-            return i
-    return None
+    if not waiting or waiting[-1].name != "set" or new.name != "set" or new.at is not None:  # what is told again is told whole
+        return None
+    last = waiting[-1]
+    same = all(last.values.get(k) == new.values.get(k) for k in key) and (last.source, last.at) == (new.source, None)
+    return len(waiting) - 1 if same else None

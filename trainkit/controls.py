@@ -122,9 +122,12 @@ def check_turn(
     player: str | None,  # whose, where several have one
     value: float | None = None,
     times: float | None = None,  # or a multiple of the schedule
+    back: bool = False,  # or is it given back to the schedule?
 ) -> Knob:
     "The knob, if it can be put there; TypeError or ValueError if not."
     found = knob(learn, name, player)
+    if back and not isinstance(found, ScheduledKnob):
+        raise ValueError(f"{name} is moved by no schedule that it could be given back to")
     if value is not None:
         found.check(value)
     if times is not None and not isinstance(found, ScheduledKnob):
@@ -142,13 +145,11 @@ def turn(
     times: float | None = None,  # or a multiple of the schedule
 ) -> Knob:
     "Put a knob to a value or a multiple of its schedule; with neither, give it back to the schedule."
-    found = check_turn(learn, name, player, value, times)
+    found = check_turn(learn, name, player, value, times, back=value is None and times is None)
     if value is not None:
         found.write([found.check(value)] * len(found.labels))
-    elif not isinstance(found, ScheduledKnob):
-        raise ValueError(f"{name} is moved by no schedule that it could be given back to")
-    elif times is not None:
+    elif isinstance(found, ScheduledKnob) and times is not None:
         found.schedule.override(times=times)
-    else:
+    elif isinstance(found, ScheduledKnob):
         found.schedule.release()
     return found

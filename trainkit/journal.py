@@ -56,9 +56,9 @@ def as_entry(
 
 # %% ../nbs/03_journal.ipynb #8ed0ee40
 def _short(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not isinstance(value, float):
         return str(value)
-    return f"{value:.4g}"
+    return f"{value:.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
 def in_words(

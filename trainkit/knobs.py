@@ -139,14 +139,16 @@ class CadenceKnob(AttributeKnob):
 
     whole = True
 
-    def __init__(self, player: Player, players: list[Player]):
+    def __init__(self, player: Player, players: list[Player], called: str = "every"):
         super().__init__(player, "every", 1.0, 1e6)
+        self.called = called
         self.others = [other for other in players if other is not player]
 
     def check(self, value: Any, what: str = "value") -> float:
         "A whole number of batches; TypeError or ValueError for anything else."
-        if not super().check(value, what).is_integer():
-            raise ValueError(f"{self.holder.name} moves every … batches: {what} must be a whole number >= 1; received {value!r}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 1 or not float(value).is_integer():
+            raise ValueError(f"{self.called}: {self.holder.name} moves every … batches: {what} must be a whole number >= 1; "
+                             f"received {value!r}")  # fmt: skip
         if value > 1 and all(other.every > 1 for other in self.others):
             raise ValueError(f"one of the players must move in every batch; {self.holder.name} can't be set to {value:g}")
         return float(value)
@@ -177,7 +179,7 @@ def options_of(player: Player) -> Iterator[tuple[str, Knob]]:
 def weights_of(learn: Any, player: Player) -> Iterator[tuple[str, Knob]]:
     "The weights of a player's terms, those included that its last turn gave and that have no entry yet."
     extra = {getattr(cb, "term", "loss") for cb in learn.cbs} | {"loss"}  # the sum, and what callbacks add
-    seen = [name for name in learn.losses if name not in extra and learn.prefix(player) + name in learn.history.names()]
+    seen = [name for name in player.seen if name not in extra]
     for term in dict.fromkeys([*player.weights, *([] if player.terms else seen)]):
         yield f"weights.{term}", TermKnob(player, term)
 
@@ -204,7 +206,8 @@ def all_knobs(learn: Any, player: str | None = None) -> dict[str, dict[str, Knob
         for name, knob in [*options_of(p), *weights_of(learn, p)]:
             found.setdefault(name, {})[p.name] = knob
         if len(learn.players) > 1:
-            found.setdefault(cadence_name(learn, p), {})[p.name] = CadenceKnob(p, learn.players)
+            called = cadence_name(learn, p)
+            found.setdefault(called, {})[p.name] = CadenceKnob(p, learn.players, called)
     for key, cb in learn.cbs.keyed().items():
         own = {**dict(numbers_of(cb)), **dict(declared_of(cb))}
         found.update({f"{key}.{name}": {"": knob} for name, knob in own.items()})

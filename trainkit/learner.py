@@ -43,6 +43,7 @@ from .schedule import best_mode
 from .randomness import RandomState
 from .seeds import SeededStream
 from .settings import KEYS, Settings, load_settings
+from .signals import read_signals
 from .state import AutoSave
 from .status import Pace
 from .ways import Listener, listeners
@@ -126,6 +127,17 @@ class Planned(Stoppable):
         self._ticking = {by: [s for _, s, _ in clocks if s.by == by] for by in ("step", "epoch")}
         self._ticking["metric"] = [s for _, s, _ in clocks if s.monitor]
         self.fit_start, self.fit_steps, self._ticked = self.step, left, self.step
+
+    def _cadence_changed(self, player: Player, before: int) -> None:
+        "A player moves more or less often from now on: what was to end with the fit still does."
+        if not self._fitting or self.fit_steps is None:
+            return
+        ahead = Ahead(self.step, self.fit_start + self.fit_steps - self.step, self.batches_per_epoch, self.batch_idx)
+        now, player.every, every = ahead.updates(player) or 0, before, player.every
+        then, player.every = ahead.updates(player) or 0, every
+        for schedule in [*player.schedules.values(), *self._moving.get(player.name, ())]:
+            if schedule.by == "update" and schedule.needs_total and schedule.total == schedule.update + then:
+                schedule.stretch(schedule.update + now)
 
     def _clocks(self) -> list[tuple[str, Any, Player | None]]:
         "Every schedule: whose it is, itself, and the player whose updates it may count."
@@ -382,7 +394,7 @@ class Apart(Trained):
     def _leave_soon(self) -> None:
         self._exiting, self._stopping = True, self._stopping or "stopped"
 
-    def save(self, note: str = "", pin: bool = False, background: bool = False) -> Entry:
+    def save(self, note: str = "", pin: bool | None = None, background: bool = False) -> Entry:
         "Write a checkpoint of the present state into the run's folder; returns its entry."
         return super().save(note, pin, background and not self._exiting)  # no new threads then
 
@@ -614,6 +626,10 @@ class Shown(Kept):
         except (ImportError, AttributeError) as error:
             warnings.warn(f"nothing shows this run: {error}{self.settings.blame('trainkit', 'front')}", stacklevel=4)
 
+    def to_script(self, path: str | Path | None = None, build: Any = None) -> str:
+        "The session so far as a Python file that does it again (see `trainkit.script`)."
+        return pkgutil.resolve_name("trainkit.script:to_script")(self, path, build)
+
     def dashboard(self) -> Any:
         "The run as it is now, with its controls: bars, curves, samples; in a notebook it follows a fit that goes on."
         return pkgutil.resolve_name("trainkit.ui.dashboard:dashboard")(self)
@@ -675,6 +691,8 @@ class Learner(Shown):
         self.settings, self.typed = load_settings(**settings), [*settings]
         if self.settings.seed is not None:
             seed_everything(self.settings.seed)
+        with blaming(self.settings, [("trainkit", "signals")]):
+            read_signals(self.settings.signals)
         self.random = RandomState(self.settings.seed)
         self.players, self.split = gathering(as_players(model, loss, opt), accumulate), checked_split(split)
         loaders = as_loaders(dls, batch_size=self.settings.batch_size)

@@ -120,6 +120,7 @@ class Move(Descent):
 
     def _look(self, player: Player) -> None:
         self.losses = losses_of(player, self.training_step(self.batch))
+        player.seen = (*self.losses,)
         if not self._forwarded:
             self.forward_done(self.pred)
         self.loss = total_of(player, self.losses)
@@ -248,6 +249,7 @@ class Followed(Clock):
     "Validates, and tells what was found."
 
     looked: int = -1  # the step whose validation is on record
+    aside: bool = False  # somebody only wants to look: it counts for nobody who waits for something better
     _looking: bool = False
 
     def _look_on(self) -> None:
@@ -263,7 +265,8 @@ class Followed(Clock):
         "Put results into the history, and tell the schedules that follow one of them."
         super().record(found)
         self.looked = self.step if self._looking else self.looked
-        self._follow(found)
+        if not self.aside:
+            self._follow(found)
 
     def _follow(self, found: Mapping[str, float]) -> None:
         for schedule in self._ticking.get("metric", ()):

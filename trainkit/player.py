@@ -161,6 +161,7 @@ class PlayerPlan:
         self.builder = as_builder(opt) if opt is not None else None
         self.said: dict[str, Any] = {}  # what the code says, once the player is built
         self.updates = 0  # optimizer steps made
+        self.seen: tuple[str, ...] = ()  # the terms that its last turn gave
         self.window: list[int] = []  # samples in each turn since then, whose gradients are summed up
 
     def due(self, step: int) -> bool:
@@ -337,6 +338,7 @@ def player_state(player: Player) -> dict[str, Any]:
         "terms": [term.name for term in player.terms],
         "said": copy.deepcopy(player.said),
         "updates": player.updates,
+        "seen": list(player.seen),
         "weights": dict(player.weights),
         "every": player.every,
         "accumulate": player.accumulate,
@@ -357,7 +359,7 @@ def load_player(player: Player, state: dict[str, Any]) -> None:
         schedule.load_state_dict(state["schedules"][option])
     if player.scaler is not None and state["scaler"]:
         player.scaler.load_state_dict(state["scaler"])
-    player.updates, player.every = state["updates"], state["every"]
+    player.updates, player.every, player.seen = state["updates"], state["every"], tuple(state.get("seen", ()))
     player.weights.clear()  # the same dictionary: somebody may hold it
     player.weights.update(state["weights"])
     player.accumulate, player.window = state["accumulate"], list(state["window"])

@@ -170,13 +170,16 @@ def doubt_about(
             return f"at step {entry.step}, only parts of checkpoint {entry.values.get('which')} were restored"
         if entry.source == "callback":
             return f"at step {entry.step}, the run's own code went back to a checkpoint"
+    if entry.what == "load_weights" and entry.step:
+        return f"at step {entry.step}, weights came from elsewhere"
     return ""
 
 
 def doubt_about_order(entries: list[Entry]) -> list[str]:
     "Places where the run's own code turned a knob behind a hand: told again, it comes first."
     touches = [e for e in entries if e.fitting and e.what in ("set", "release", "undo") and not e.error]
-    pairs = [(a, b) for a, b in pairwise(touches) if (a.step, a.epoch) == (b.step, b.epoch) and a.source != "callback" == b.source]
+    here = [(a, b) for a, b in pairwise(touches) if (a.step, a.epoch) == (b.step, b.epoch)]
+    pairs = [(a, b) for a, b in here if a.source != "callback" == b.source]
     return [f"at step {b.step}, the run's own code turned {b.values.get('name')} after {a.source} had, and will do so before"
             for a, b in pairs if "undo" in (a.what, b.what) or a.values.get("name") == b.values.get("name")]  # fmt: skip
 
@@ -365,7 +368,7 @@ def _check_place(learn: Any, place: Any, when: str) -> None:
         while learn.queue.take(2**62, 2**62) is not None:
             pass
         raise ReplayError(f"{when}, the session was at step {place.step}, epoch {place.epoch}; this learner is at step "
-                          f"{learn.step}, epoch {learn.epoch}: it isn't built as the first one was, or its data is other")  # fmt: skip
+                          f"{learn.step}, epoch {learn.epoch}: it isn't built as the first one was, or its data differs")  # fmt: skip
 
 # %% ../nbs/28_replay.ipynb #830e71e8
 def cut(end: Place) -> On:

@@ -52,14 +52,16 @@ def names_needed(node: ast.AST) -> set[str]:
 def _locals(node: ast.AST) -> set[str]:
     functions = [n for n in ast.walk(node) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))]
     given = {a.arg for f in functions for a in ast.walk(f.args) if isinstance(a, ast.arg)}
-    loops = {n.id for c in ast.walk(node) if isinstance(c, ast.comprehension) for n in ast.walk(c.target) if isinstance(n, ast.Name)}
+    aims = [c.target for c in ast.walk(node) if isinstance(c, ast.comprehension)]
+    loops = {n.id for aim in aims for n in ast.walk(aim) if isinstance(n, ast.Name)}
     inner = {n.id for f in functions for n in ast.walk(f) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     return given | loops | (inner if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) else set())
 
 # %% ../nbs/28a_script.ipynb #92a0134b
 SEEDING = {"manual_seed", "manual_seed_all", "seed", "seed_everything", "set_seed", "use_deterministic_algorithms"}
-SESSION = {"fit", "wait", "send", "set", "release", "undo", "pause", "resume", "step_once", "stop", "validate", "test", "predict", "save",
-           "restore", "branch", "note", "lr_find", "dashboard", "panel", "status", "controls", "to_script", "sample", "show_loop"}  # fmt: skip
+SESSION = {"fit", "wait", "send", "set", "release", "undo", "pause", "resume", "step_once", "stop", "validate", "test", "predict",
+           "save", "restore", "branch", "note", "lr_find", "dashboard", "panel", "status", "controls", "to_script", "sample",
+           "show_loop"}  # fmt: skip
 LOOKING = {"print", "display", "help", "len", "repr", "dir", "type", "plot", "show", "imshow", "hist", "head", "describe", "info"}
 
 
@@ -82,7 +84,8 @@ def changed_by(node: ast.stmt, learner: str) -> set[str]:
         if last in LOOKING or not root or (root == learner and last in SESSION):
             return set()
         return names_needed(node) - {learner} if root != learner else {learner}
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, (ast.AugAssign, ast.AnnAssign)) else []
+    one = [node.target] if isinstance(node, (ast.AugAssign, ast.AnnAssign)) else []
+    targets = node.targets if isinstance(node, ast.Assign) else one
     return {n.id for t in targets if not isinstance(t, ast.Name) for n in ast.walk(t) if isinstance(n, ast.Name) and
             isinstance(n.ctx, ast.Load)}  # fmt: skip
 
@@ -108,7 +111,8 @@ class Slice:
 
 def text_of(node: ast.stmt, cell: str, others: Sequence[ast.stmt]) -> str:
     "The lines of a statement, comments at their ends included; where another one stands on them (`a = 1; b = 2`), its own part."
-    if any(other is not node and node.lineno <= (other.end_lineno or 0) and other.lineno <= (node.end_lineno or 0) for other in others):
+    beside = (o for o in others if o is not node and node.lineno <= (o.end_lineno or 0) and o.lineno <= (node.end_lineno or 0))
+    if any(beside):
         return ast.get_source_segment(cell, node) or ""
     first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
     return "\n".join(cell.splitlines()[first - 1 : node.end_lineno])
@@ -163,7 +167,8 @@ def sliced(
             break
         late |= unmade
     later = [text for (node, text) in pairs[len(before) :] if name in changed_by(node, name)]
-    star = any(isinstance(nodes[i], ast.ImportFrom) and nodes[i].names[0].name == "*" for i in chosen)  # type: ignore[attr-defined]
+    imports = [node for i in chosen if isinstance(node := nodes[i], ast.ImportFrom)]
+    star = any(node.names[0].name == "*" for node in imports)
     made = set().union(*(roots_made(nodes[i]) for i in chosen))
     missing = sorted(open_ - made - set(dir(builtins)) - {"__file__", "__name__"})
     return Slice([pairs[i][1] for i in sorted(chosen)], [] if star else missing, later)
@@ -205,8 +210,8 @@ def name_of(learn: Any, cells: Sequence[str]) -> str:
     for node, _ in reversed(parsed(cells)):
         if found := [name for name in names if name in roots_made(node)]:
             return found[0]
-    raise ValueError("the code that builds the learner isn't known here: to_script(path, build=…) takes a function that returns "
-                     "the learner, or a text of code")  # fmt: skip
+    raise ValueError("the code that builds the learner isn't known here: to_script(path, build=…) takes a function that "
+                     "returns the learner, or a text of code")  # fmt: skip
 
 
 def building(learn: Any, build: Callable[[], Any] | str | None) -> tuple[Slice, str]:
@@ -240,7 +245,8 @@ def lines_of_fit(fit: Fitted, name: str) -> list[str]:
     "A fit as calls, what was asked for in it before it."
     lines, end = [line_of(entry, name, True) for entry in fit.commands], fit.end
     if end is not None and end.owed:
-        lines += [f'cut = On("before_validate", lambda learn: learn.stop() if learn.step == {end.step} else None)', f"{name}.add(cut)"]
+        stop = f"lambda learn: learn.stop() if learn.step == {end.step} else None"
+        lines += [f'cut = On("before_validate", {stop})', f"{name}.add(cut)"]
     elif end is not None:
         why = {"left": "the run went back to here", "failed": "the fit failed"}.get(fit.state, f"it was {fit.state}")
         lines.append(f'{name}.send("stop", at=({end.step}, {end.epoch}))  # {why}')

@@ -316,7 +316,7 @@ class Save(Scored):
     def save(
         self,
         note: str = "",  # shown beside it
-        pin: bool = False,  # keep it whatever comes
+        pin: bool | None = None,  # keep it whatever comes; None: if it has a note
         background: bool = False,  # return once the state is copied, and write while the training goes on
     ) -> Entry:
         "Write a checkpoint of the present state into the run's folder; returns its entry."
@@ -329,7 +329,7 @@ class Save(Scored):
         name = self._monitored(last)
         score = metrics[name] if last.get(name, (-1,))[0] == self.step else None
         info = {"epoch": self.epoch, "metrics": metrics, "score": score, "mode": self.mode or best_mode(name),
-                "note": note, "pinned": pin, "parent": self.parent}  # fmt: skip
+                "note": note, "pinned": bool(note) if pin is None else pin, "parent": self.parent}  # fmt: skip
         picture = next((cb.thumbnail(self) for cb in self.cbs if hasattr(cb, "thumbnail")), None)
         entry = self._store().save(self.state_dict(), self.step, info, thumbnail=picture, background=background)
         self.history.mark("checkpoint", self.step, note, id=entry.id)

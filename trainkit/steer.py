@@ -17,12 +17,14 @@ from typing import Any
 from .callback import Callback, Cancel, CancelPause
 from .checkpoint import Entry as Checkpoint
 from .checkpoint import Which
-from .commands import Command, CommandQueue, check_command
+from .commands import Command, CommandQueue, check_at, check_command
 from .controls import Control, check_turn, controls, hand_on, lay, turn, value_of
 from .journal import Entry, Journal, in_words
-from .knobs import declared_of, knob, numbers_of
+from .knobs import CadenceKnob, declared_of, knob, numbers_of
 from .loop import Jump, Loop, Pause, Target
+from .schedule import Knob
 from .status import Pace, status_of
+from .travel import Loaded
 
 # %% auto #0
 __all__ = ['ACTIONS', 'Told', 'do_pause', 'do_resume', 'do_step', 'do_stop', 'do_set', 'do_release', 'do_undo', 'do_validate',
@@ -49,16 +51,16 @@ def _in_a_fit(learn: Any, what: str) -> None:
 def do_pause(learn: Any) -> Told:
     "Hold before the next step."
     _in_a_fit(learn, "pause")
-    learn.paused = True
+    learn.paused, learn._free = True, None
     return Told()
 
 
 def do_resume(learn: Any) -> Told:
     "Go on."
     _in_a_fit(learn, "resume")
-    if not learn.paused and learn._free is None:
+    if not learn.paused and learn._free is None and not learn._last_epoch:
         raise ValueError("the fit is not paused")
-    learn.paused, learn._free = False, None
+    learn.paused, learn._free, learn._last_epoch = False, None, False
     return Told()
 
 
@@ -85,7 +87,18 @@ def do_set(learn: Any, name: str, player: str | None, value: float | None, times
     found = check_turn(learn, name, player, value, times)
     old, before = value_of(found), hand_on(found)
     turn(learn, name, player, value, times)
+    _keep_to_the_plan(learn, found, old, before)
     return Told(old, new := value_of(knob(learn, name, player)), before, result=new)
+
+
+def _keep_to_the_plan(learn: Any, found: Knob, old: Any, before: dict[str, Any]) -> None:
+    "A schedule that was to end with the fit still does when its player moves more or less often; or nothing has changed."
+    if isinstance(found, CadenceKnob):
+        try:
+            learn._cadence_changed(found.holder, int(old))
+        except ValueError:
+            lay(found, before)
+            raise
 
 
 def do_release(learn: Any, name: str, player: str | None) -> Told:
@@ -104,13 +117,19 @@ def do_undo(learn: Any) -> Told:
     name, player = last.values["name"], last.values.get("player")
     found = knob(learn, name, player)
     old = value_of(found)
+    here = hand_on(found)
     lay(found, last.before or {})
+    _keep_to_the_plan(learn, found, old, here)
     return Told(old, new := value_of(found), values={"name": name, "player": player, "of": last.id}, result=new)
 
 # %% ../nbs/26b_steer.ipynb #05467487
 def do_validate(learn: Any) -> Told:
     "Validate."
-    found = learn.validate()
+    learn.aside = True
+    try:
+        found = learn.validate()
+    finally:
+        learn.aside = False
     return Told(new=", ".join(f"{name} {value:.4g}" for name, value in found.items()), result=found)
 
 
@@ -124,7 +143,7 @@ def do_sample(learn: Any) -> Told:
     return Told()
 
 
-def do_save(learn: Any, note: str, pin: bool) -> Told:
+def do_save(learn: Any, note: str, pin: bool | None) -> Told:
     "Save; while a fit runs, the file is written behind it."
     entry = learn.save(note, pin, background=learn._fitting)
     return Told(new=entry.id, result=entry)
@@ -185,14 +204,16 @@ class Commanded(Loop):
         "Take in a command that somebody has made, as `send` does."
         try:
             command.values = check_command(command.name, command.values)
-            if command.at is None and command.name == "set":
-                check_turn(self, **command.values)
+            check_at(command.at)
+            if command.at is None and command.name in ("set", "release"):
+                check_turn(self, **command.values, back=command.name == "release")
         except (TypeError, ValueError) as error:
             if command.source not in ("code", "callback"):  # who calls gets the error; who clicks looks into the journal
                 command.done(self.journal.add(self._entry(command, Told(), str(error))), error=error)
             raise
         with self._gate:
             if self._fitting or command.at is not None:
+                command.thread = self._trainer if self._fitting else 0
                 return self.queue.put(command)
             self._do(command)
         return command
@@ -298,10 +319,12 @@ class Listening(Heeding):
 
     def stop(self, after: str = "step") -> None:
         "End the running fit at the next step (or the end of the epoch); from any thread. `fit()` goes on from there."
+        check_command("stop", {"after": after})
         if not self._fitting:
             return
-        if self._here() and after == "step" and not self._hearing:  # a callback, or a signal: no detour
-            self._stopping = self._stopping or "stopped"
+        if self._here() and not self._hearing:  # a callback, or a signal: no detour
+            self._last_epoch = self._last_epoch or after == "epoch"
+            self._stopping = self._stopping or ("stopped" if after == "step" else None)
         else:
             self.send("stop", after=after)
 
@@ -337,8 +360,9 @@ class Saving(Listening):
     _asked: Target = Target()  # where the running fit was to end, as it was asked for
     _planned_for: Target = Target()  # and what its schedules were planned for last
 
-    def save(self, note: str = "", pin: bool = False, background: bool = False) -> Checkpoint:
-        "Write a checkpoint of the present state into the run's folder; returns its entry."
+    def save(self, note: str = "", pin: bool | None = None, background: bool = False) -> Checkpoint:
+        "Write a checkpoint of the present state into the run's folder; returns its entry. With a note, or pinned, it stays."
+        check_command("save", {"note": note, "pin": pin})
         return super().save(note, pin, background) if self._here() else self.send("save", note=note, pin=pin).wait()
 
     def restore(self, which: Which = "last", only: str = "all", without: str | Iterable[str] = ()) -> Any:
@@ -370,6 +394,12 @@ class Saving(Listening):
     def _open(self) -> dict[str, bool]:
         "What is begun at this place and isn't done yet: a fit that is told again must end just there."
         return {k: True for k, v in {"drawn": self.drawn, "owed": self.owed and self.looked != self.step}.items() if v}
+
+    def load_weights(self, source: Any, module: str = "", strict: bool = True) -> Loaded:
+        "Put weights from elsewhere into a module. ValueError, and no change, when they don't fit."
+        report = super().load_weights(source, module, strict)
+        self._note("load_weights", {"module": module, "strict": strict})
+        return report
 
     def _note(self, what: str, values: dict[str, Any], **more: Any) -> None:
         more = {"id": uuid.uuid4().hex[:12], **more}
@@ -446,6 +476,10 @@ class Steered(Remembering):
     def undo(self) -> Command:
         "Take back the last `set` or `release`."
         return self.send("undo")
+
+    def sample(self) -> Any:
+        "Draw samples now; those who show them do."
+        return self.send("sample")
 
     def note(self, text: str) -> Command:
         "Write a note on the curves."

@@ -236,37 +236,45 @@ class Background:
     "Runs one job at a time in a thread of its own, and keeps the error of one that failed."
 
     def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
-        self._done = threading.Event()
+        self._job: tuple[threading.Thread, threading.Event] | None = None  # who runs it, and that it is done
+        self._one = threading.RLock()  # who starts a job
         self._errors: list[Exception] = []
 
     def start(self, job: Callable[[], Any]) -> None:
         "Wait for the job before, then run this one."
-        self.wait()
-        self._done.clear()
-        self._thread = threading.Thread(target=self._run, args=(job,), name="trainkit-checkpoint")
-        try:
-            self._thread.start()
-        except BaseException as error:
-            self._thread = None
-            if isinstance(error, RuntimeError):  # no thread can be had: write here
-                return self._run(job)
-            raise
+        with self._one:
+            self.wait()
+            done = threading.Event()
+            thread = threading.Thread(target=self._run, args=(job, done), name="trainkit-checkpoint")
+            self._job = thread, done
+            try:
+                thread.start()
+            except BaseException as error:
+                self._job = None
+                if isinstance(error, RuntimeError):  # no thread can be had: write here
+                    return self._run(job, done)
+                done.set()
+                raise
 
-    def _run(self, job: Callable[[], Any]) -> None:
+    def _run(self, job: Callable[[], Any], done: threading.Event) -> None:
         try:
             job()
         except Exception as error:  # told to whoever asks
             self._errors.append(error)
         finally:
-            self._done.set()
+            done.set()
 
     def wait(self) -> None:
         "Until nothing is running; does nothing inside the job itself."
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._done.wait()  # a join that is interrupted takes the thread for dead, up to Python 3.12
-            self._thread.join(1)
-            self._thread = None
+        job = self._job
+        if job is None or job[0] is threading.current_thread():
+            return
+        thread, done = job
+        done.wait()  # a join that is interrupted takes the thread for dead, up to Python 3.12
+        if thread.ident is not None:
+            thread.join(1)
+        if self._job is job:  # others may wait, too
+            self._job = None
 
     def problem(self) -> Exception | None:
         "What a job failed with, told once; the oldest first."

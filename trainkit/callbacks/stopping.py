@@ -162,7 +162,7 @@ class EarlyStopping(Patience):
         self.catch_up(learn)
 
     def after_validate(self, learn: Any) -> None:
-        if self._fitting:
+        if self._fitting and not learn.aside:
             self._look(learn)
 
     def after_epoch(self, learn: Any) -> None:

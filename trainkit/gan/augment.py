@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['POLICIES', 'uniform', 'between', 'whole_number', 'brightness', 'saturation', 'contrast', 'shifted', 'translation',
-           'cutout', 'check_policy', 'DiffAugment', 'Augmented']
+__all__ = ['POLICIES', 'uniform', 'between', 'whole_number', 'brightness', 'saturation', 'contrast', 'along', 'shifted',
+           'translation', 'cutout', 'check_policy', 'DiffAugment', 'Augmented']
 
 # %% ../../nbs/41c_gan_augment.ipynb #df2bf4b6
 def uniform(
@@ -62,7 +62,8 @@ def saturation(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     "The distance of each channel from the pixel's mean, times U(1 - strength, 1 + strength)."
-    return torch.lerp(x.mean(1, keepdim=True), x, between(x, 1 - strength, 1 + strength, generator))
+    by = between(x, 1 - strength, 1 + strength, generator)
+    return torch.lerp(x.mean(1, keepdim=True), x, by)
 
 
 def contrast(
@@ -71,9 +72,18 @@ def contrast(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     "The distance of each value from the image's mean, times U(1 - strength, 1 + strength)."
-    return torch.lerp(x.mean((1, 2, 3), keepdim=True), x, between(x, 1 - strength, 1 + strength, generator))
+    by = between(x, 1 - strength, 1 + strength, generator)
+    return torch.lerp(x.mean((1, 2, 3), keepdim=True), x, by)
 
 # %% ../../nbs/41c_gan_augment.ipynb #dc170b78
+def along(
+    numbers: Tensor,  # (B, S)
+    dim: int,  # -2: rows; -1: columns
+) -> Tensor:  # (B, 1, S, 1) or (B, 1, 1, S)
+    "Numbers for the rows, or for the columns, of each image."
+    return numbers[:, None, :, None] if dim == -2 else numbers[:, None, None, :]
+
+
 def shifted(
     x: Tensor,  # (B, C, H, W)
     by: Tensor,  # int64 (B, 1): pixels to the right, or down
@@ -82,9 +92,8 @@ def shifted(
     "Each sample moved along one dimension, zeros following."
     side = x.shape[dim]
     source = torch.arange(side, device=x.device) - by
-    shape = (len(x), 1, side, 1) if dim == -2 else (len(x), 1, 1, side)
-    inside = ((source >= 0) & (source < side)).view(shape)
-    return torch.where(inside, x.gather(dim, source.clamp(0, side - 1).view(shape).expand_as(x)), 0)
+    inside = along((source >= 0) & (source < side), dim)
+    return torch.where(inside, x.gather(dim, along(source.clamp(0, side - 1), dim).expand_as(x)), 0)
 
 
 def translation(
@@ -110,7 +119,7 @@ def cutout(
         side, width = x.shape[dim], int(x.shape[dim] * ratio + 0.5)
         first = whole_number(x, 0, side - width % 2, generator) - width // 2
         place = torch.arange(side, device=x.device) - first
-        hole = hole & ((place >= 0) & (place < width)).view((len(x), 1, side, 1) if dim == -2 else (len(x), 1, 1, side))
+        hole = hole & along((place >= 0) & (place < width), dim)
     return torch.where(hole, 0, x)
 
 # %% ../../nbs/41c_gan_augment.ipynb #c3324988

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['Activation', 'leaky', 'make_activation', 'down_conv', 'up_conv', 'per_conv', 'conv_stack', 'shortcut_for', 'Residual',
-           'ResidualBlock2d', 'ResidualBlockTranspose2d', 'pre_activation', 'odd', 'BasicBlock2d', 'BottleneckBlock2d',
-           'DenseBlock2d', 'TransitionBlock2d', 'TransitionBlockTranspose2d']
+__all__ = ['Activation', 'leaky', 'make_activation', 'check_fit', 'down_conv', 'up_conv', 'per_conv', 'conv_stack',
+           'shortcut_for', 'Residual', 'ResidualBlock2d', 'ResidualBlockTranspose2d', 'pre_activation', 'odd',
+           'BasicBlock2d', 'BottleneckBlock2d', 'DenseBlock2d', 'TransitionBlock2d', 'TransitionBlockTranspose2d']
 
 # %% ../../nbs/41a_gan_blocks.ipynb #6272a092
 Activation = Callable[[], nn.Module]
@@ -35,6 +35,16 @@ def make_activation(
     return activation()
 
 # %% ../../nbs/41a_gan_blocks.ipynb #8137563d
+def check_fit(
+    kernel: int,
+    stride: int,
+    padding: int | None,
+) -> None:
+    "ValueError where no padding on both sides keeps the side: an even kernel of stride 1."
+    if padding is None and stride == 1 and kernel % 2 == 0:
+        raise ValueError(f"kernel={kernel} with stride 1 has no padding that keeps the size; take an odd kernel or give one")
+
+
 def down_conv(
     in_channels: int,
     out_channels: int,
@@ -44,6 +54,7 @@ def down_conv(
     bias: bool = True,
 ) -> nn.Conv2d:
     "A convolution, (B, in, H, W) to (B, out, H/stride, W/stride)."
+    check_fit(kernel, stride, padding)
     return nn.Conv2d(in_channels, out_channels, kernel, stride, (kernel - 1) // 2 if padding is None else padding, bias=bias)
 
 
@@ -56,6 +67,7 @@ def up_conv(
     bias: bool = True,
 ) -> nn.ConvTranspose2d:
     "A transposed convolution, (B, in, H, W) to (B, out, H·stride, W·stride)."
+    check_fit(kernel, stride, padding)
     p = max(0, (kernel - stride + 1) // 2) if padding is None else padding
     extra = stride - kernel + 2 * p if padding is None else 0
     return nn.ConvTranspose2d(in_channels, out_channels, kernel, stride, p, extra, bias=bias)
@@ -283,5 +295,5 @@ class TransitionBlockTranspose2d(nn.Sequential):
     ) -> None:
         out_channels = max(1, in_channels // 2) if out_channels is None else out_channels
         s, = per_conv(scale, 1, "scale")
-        conv = up_conv(in_channels, out_channels, 2 * s, s, bias=not batchnorm)
+        conv = up_conv(in_channels, out_channels, 2 * s if s > 1 else 1, s, bias=not batchnorm)
         super().__init__(*pre_activation(in_channels, conv, batchnorm, activation))

@@ -15,7 +15,8 @@ from .blocks import ResidualBlock2d as ResidualBlock2d, ResidualBlockTranspose2d
 from .blocks import TransitionBlock2d as TransitionBlock2d, TransitionBlockTranspose2d as TransitionBlockTranspose2d
 from .norms import ConditionalBatchNorm2d as ConditionalBatchNorm2d, PixelNorm as PixelNorm
 from .norms import VirtualBatch as VirtualBatch, VirtualBatchNorm2d as VirtualBatchNorm2d
-from .norms import equalized_lr as equalized_lr, spectral_norm as spectral_norm, virtual_batchnorm as virtual_batchnorm
+from .norms import equalized_lr as equalized_lr, spectral_norm as spectral_norm
+from .norms import virtual_batchnorm as virtual_batchnorm
 
 # %% auto #0
 __all__ = ['SelfAttention2d', 'MinibatchDiscrimination', 'group_std', 'MinibatchStd']

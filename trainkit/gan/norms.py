@@ -91,6 +91,9 @@ class VirtualBatchNorm2d(nn.Module):
         y = (wide - mean) * (var + self.eps).rsqrt()
         return torch.addcmul(self.bias[:, None, None], y, self.weight[:, None, None]).to(x.dtype)
 
+    def extra_repr(self) -> str:
+        return f"{len(self.weight)}, references={self.references}"
+
 # %% ../../nbs/41b_gan_norms.ipynb #2ddfad16
 class VirtualBatch(nn.Module):
     "A network with `VirtualBatchNorm2d` layers, together with its reference batch; called as the network itself."

@@ -8,6 +8,7 @@ __all__ = ['RUNNING', 'PLAIN', 'TIPS', 'reasons', 'Ids', 'Keys', 'Buttons', 'sai
 # %% ../../nbs/54c_ui_buttons.ipynb #97667f67
 import html
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ def reasons(
     silence = str(status.get("silence") or "")  # of a run that nobody hears
     nothing = "" if stored else "the learner keeps no checkpoints: Learner(…, run='runs/name') does"
     none = nothing or ("" if checkpoints else "there is no checkpoint yet")
-    found = {"pause": idle, "resume": idle, "step": idle, "stop": idle, "epoch": idle, "validate": busy, "sample": busy, "save": nothing or busy,
+    found = {"pause": idle, "resume": idle, "step": idle, "stop": idle, "epoch": idle, "validate": busy, "sample": busy,
+             "save": nothing or busy,
              "restore": none or busy, "undo": "" if undo else "nothing was changed that could be undone"}
     return {name: silence or why for name, why in found.items()} | {"gallery": nothing}
 
@@ -92,7 +94,8 @@ class Keys:
         self.made = {"pause": self._button("Pause", lambda: self.send("pause"), 84),
                      "resume": self._button("Resume", lambda: self.send("resume"), 84)}  # fmt: skip
         for name, (text, _, command, values) in PLAIN.items():
-            self.made[name] = self._button(text, lambda command=command, values=values: self.send(command, **values))  # type: ignore
+            act = partial(self.send, command, **values)
+            self.made[name] = self._button(text, act)
         self.made |= {"undo": self._button("Undo", lambda: self.send("undo")), "gallery": self._button("Gallery", gallery),
                       "save": self._button("Save", self._save), "restore": self._button("Restore", self._restore)}  # fmt: skip
         self._fields()
