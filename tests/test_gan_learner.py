@@ -228,3 +228,12 @@ def test_validation_has_both_players_losses():
 def test_bad_arguments(kw, message):
     with pytest.raises((ValueError, TypeError), match=message):
         flat_gan(**kw)
+
+
+def test_a_loss_or_penalty_that_is_a_callback_attaches_itself():
+    from trainkit.gan.penalties import R1, Lazy
+
+    lazy = Lazy(R1(10.0), every=2)
+    learn = flat_gan(penalties=lazy)
+    assert learn.cbs.get(Lazy) is lazy
+    assert flat_gan(penalties=[lazy], cbs=lazy).cbs.get(Lazy) is lazy

@@ -367,8 +367,9 @@ def _check_place(learn: Any, place: Any, when: str) -> None:
     if (learn.step, learn.epoch) != (place.step, place.epoch):
         while learn.queue.take(2**62, 2**62) is not None:
             pass
-        raise ReplayError(f"{when}, the session was at step {place.step}, epoch {place.epoch}; this learner is at step "
-                          f"{learn.step}, epoch {learn.epoch}: it isn't built as the first one was, or its data differs")  # fmt: skip
+        here = f"this learner is at step {learn.step}, epoch {learn.epoch}"
+        raise ReplayError(f"{when}, the session was at step {place.step}, epoch {place.epoch}; {here}: it isn't built as the "
+                          "first one was, or its data differs")  # fmt: skip
 
 # %% ../nbs/28_replay.ipynb #830e71e8
 def cut(end: Place) -> On:

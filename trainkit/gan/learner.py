@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .losses import get_loss
 from ..background import between_steps
+from ..callback import Callback
+from .losses import get_loss
 from ..learner import Learner
 from ..player import Player, Term, as_terms, freeze, thaw
 
 # %% auto #0
-__all__ = ['Round', 'call', 'latent_of', 'GANData', 'GANSteps', 'adversarial', 'Sampling', 'GANLearner', 'per_player',
+__all__ = ['Round', 'call', 'latent_of', 'GANData', 'GANSteps', 'adversarial', 'Sampling', 'GANLearner', 'with_own', 'per_player',
            'check_gan', 'labels_for']
 
 # %% ../../nbs/44_gan_learner.ipynb #75c8c1f1
@@ -205,10 +206,17 @@ class GANLearner(Sampling):
                    opt=opts["discriminator"], every=n_gen, step=self.discriminator_step)  # fmt: skip
         g = Player("generator", generator, adversarial(loss, generator_terms),
                    opt=opts["generator"], every=n_critic, step=self.generator_step)  # fmt: skip
+        learner["cbs"] = with_own(learner.pop("cbs", ()), [loss, *([penalties] if callable(penalties) else penalties)])
         super().__init__([d, g], dls, **learner)
         self._draws = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
 
 # %% ../../nbs/44_gan_learner.ipynb #c6c6713b
+def with_own(cbs: Any, parts: list[Any]) -> list[Callback]:
+    "The callbacks, with those parts of a GAN that are callbacks, too (a loss with a state that moves, a lazy penalty)."
+    given = [cbs] if isinstance(cbs, Callback) else [*(cbs or ())]
+    return given + [part for part in parts if isinstance(part, Callback) and all(part is not cb for cb in given)]
+
+
 def per_player(opt: Any) -> dict[str, Any]:
     "What `opt` says for each of the two players; None takes the settings'."
     names = ("generator", "discriminator")
