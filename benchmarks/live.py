@@ -95,7 +95,8 @@ fast = [False]
 gan.remove(On)
 gan.add(On("after_batch", lambda learn: (time.sleep(0.01), hurried(learn))))
 """
-LONG_FIT = "fast[0] = FAST\nrows.clear()\ngan.fit(steps=10**7, schedule='stretch')\nopen('rows.json', 'w').write(json.dumps(rows))"
+LONG_FIT = ("fast[0] = FAST\nrows.clear()\ngan.fit(steps=10**7, schedule='stretch')\n"
+            "open('rows.json', 'w').write(json.dumps(rows))")  # fmt: skip
 
 
 def opened(lab: Lab, page: Any, name: str, *sources: str) -> LabPage:
