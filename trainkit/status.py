@@ -97,7 +97,7 @@ def status_of(
         error = f"{error} ({failure})"
     return {
         "name": type(learn).__name__, "run": None if learn.run is None else str(learn.run), "state": learn.state,
-        "paused": learn.paused, "step": learn.step, "start": learn.fit_start, "steps": learn.fit_steps,
+        "paused": learn.paused or learn._free is not None, "step": learn.step, "start": learn.fit_start, "steps": learn.fit_steps,
         "epoch": learn.epoch, "epochs": learn.target.epoch, "batch": learn.batch_idx, "batches": learn.batches_per_epoch,
         "rate": finite_or_none(rate), "elapsed": pace.elapsed, "eta": eta, "device": str(learn.device),
         "memory": memory_of(learn.device), "error": error, "pending": len(learn.queue),
