@@ -95,7 +95,7 @@ FAULTS: dict[str, Fault] = {
         "every restart resumes from a complete checkpoint; final weights equal those of the run that was never killed",
         killed(200, 40, 100), killed(8, 0, 4)),
     "endings": Fault(
-        "interrupt and exception at every event (foreground; without commands and pauses)",
+        "interrupt and exception at every event (in the foreground and in the background; without commands and pauses)",
         "learner usable, resume exact, no batch lost or repeated",
         ended(1, 100), ended(29, 4)),
     "damage": Fault(
