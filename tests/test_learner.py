@@ -1241,20 +1241,20 @@ def test_a_newer_learner_takes_the_folder_and_the_older_one_trains_on(tmp_path):
     assert (old.step, old.state) == (new.step + 5, "finished")
 
 
-def test_a_folder_taken_while_a_fit_runs(tmp_path):
-    "The older one says it once an epoch, and trains on."
+def test_a_folder_is_not_taken_while_a_fit_runs(tmp_path):
+    "Another learner of the same process is refused, and the one that trains keeps everything."
     old, new = learner(run=tmp_path / "run"), learner(run=tmp_path / "run")
 
     def take(_):
         if old.step == 7:
             old.checkpoints.wait()
             new.restore()
-            new.save()
+            with pytest.raises(CheckpointError, match="another learner of this process is training in"):
+                new.save()
 
     old.add(On("after_batch", take))
-    with pytest.warns(UserWarning, match="training goes on: .* belongs to another learner"):
-        old.fit(epochs=3)
-    assert old.state == "finished" and [entry.id for entry in new.checkpoints] == ["5", "5-1"]
+    old.fit(epochs=3)
+    assert old.state == "finished" and [entry.step for entry in old.checkpoints] == [5, 10, 15]
 
 
 def test_a_folder_in_which_another_process_trains(tmp_path):

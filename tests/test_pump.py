@@ -174,7 +174,7 @@ def test_queued_cells_run_afterwards_once_and_in_order(kernel):
 
 def test_a_click_between_two_cells_reaches_the_next_pump(kernel):
     "Though the kernel takes it from the socket before that cell begins."
-    first = kernel.start("polling(); print('closed', flush=True); time.sleep(0.3)")
+    first = kernel.start("polling(); print('closed', flush=True); time.sleep(1.5)")
     second = kernel.execute("polling(lambda: len(seen) == 3)")
     third = kernel.execute("ran.append(3)")
     kernel.click("stop")
