@@ -85,11 +85,11 @@ types: $(STAMP)
 
 notebooks: $(STAMP)
 	$(call headline,notebooks run)
-	@$(BIN)/nbdev-test nbs --n-workers 0 --do-print --timing --skip-folder-re '^([_.]|tutorials$$)'
+	@$(BIN)/nbdev-test nbs --n-workers 2 --do-print --timing --skip-folder-re '^([_.]|tutorials$$)'
 
 unit: $(STAMP)
 	$(call headline,tests)
-	@$(BIN)/python -m pytest -m 'not slow and not cuda' --ignore tests/browser
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not cuda' --ignore tests/browser
 
 # not part of `make test`, as it installs several versions of ipykernel: 6.31, 7.3 and the newest
 test-kernels: export OMP_NUM_THREADS := 1

@@ -125,7 +125,7 @@ def stopped(process, run, control):
     ("set weights.fit=-2", ("set", {"name": "weights.fit", "player": None, "value": -2.0, "times": None})),
     ("release lr", ("release", {"name": "lr", "player": None})),
     ("save a good one --pin yes", ("save", {"note": "a good one", "pin": True})),
-    ("save \"it's here\"", ("save", {"note": "it's here", "pin": False})),
+    ("save \"it's here\"", ("save", {"note": "it's here", "pin": None})),
     ("restore 120", ("restore", {"which": 120})),
     ("restore best", ("restore", {"which": "best"})),
     ("note 'lr = 1 is too high'", ("note", {"text": "lr = 1 is too high"})),

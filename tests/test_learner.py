@@ -1257,6 +1257,25 @@ def test_a_folder_is_not_taken_while_a_fit_runs(tmp_path):
     assert old.state == "finished" and [entry.step for entry in old.checkpoints] == [5, 10, 15]
 
 
+def test_a_save_that_fails_keeps_nobody_out(tmp_path, monkeypatch):
+    "Neither from the run's folder nor from that of a branch which came to nothing."
+    learn = learner(run=tmp_path / "run")
+    learn.fit(epochs=1)
+
+    def full(*args, **kw):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        for ask in (learn.save, lambda: learn.branch("last", "branch")):
+            with pytest.raises(CheckpointError, match="No space left"):
+                ask()
+    again = learner(run=tmp_path / "run")
+    again.restore("last")
+    again.fit(epochs=1)
+    assert again.branch("last", "branch").step == again.step
+
+
 def test_a_folder_in_which_another_process_trains(tmp_path):
     learn = learner(run=tmp_path / "run")
     learn.fit(epochs=1)

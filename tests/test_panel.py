@@ -2,6 +2,7 @@
 import gc
 import json
 import threading
+import time
 import weakref
 from dataclasses import replace
 
@@ -192,6 +193,7 @@ def test_the_last_value_of_a_drag_is_applied_exactly(key, places, times):
     for place in places:
         bar.value = place
         assert len(run.queue) <= 1
+    panel.view.deck.flush()
     run.step()
     panel.refresh()
     c, wanted = run.knobs[key], scale.value(places[-1])
@@ -549,10 +551,42 @@ def test_every_knob_of_a_gan_has_a_dial():
     assert dials(panel).keys() == {(c.name, c.player) for c in gan.controls()}
     for key, dial in dials(panel).items():
         for place in (0, dial.slider.max, dial.slider.max // 2): dial.slider.value = place
+        dial.flush()
         if "must move in every batch" in dial.said.value: continue  # whoever moves less often
         assert "refused" not in dial.said.value, key
         assert next(c for c in gan.controls() if (c.name, c.player) == key).values[0] == dial.scale.value(dial.slider.max // 2)
     panel.close()
+
+
+def test_a_drag_sends_few_commands_and_the_last_value_by_itself():
+    run = Run(fits=True)
+    panel = panel_of(run)
+    dial, sent = dials(panel)["lr", "critic"], []
+    send, dial.send = dial.send, lambda *args, **values: (sent.append(values["value"]), send(*args, **values))
+    dial.pace = 2
+    for place in range(40): dial.slider.value = place
+    assert len(sent) == 1 or time.monotonic() > dial._next
+    for _ in range(1000):
+        if sent[-1] == dial.scale.value(39): break
+        threading.Event().wait(0.01)
+    assert sent[-1] == dial.scale.value(39) and len(sent) < 20
+    panel.close()
+
+
+def test_what_is_pressed_after_a_drag_comes_after_it():
+    run = Run(fits=True)
+    panel = panel_of(run)
+    dial = dials(panel)["lr", "critic"]
+    dial.pace = 60
+    for place in (3, 5): dial.slider.value = place
+    panel.send("note", text="now")
+    run.step()
+    assert [entry.what for entry in run.journal.entries][-2:] == ["set", "note"]
+    assert run.knobs["lr", "critic"].values[0] == dial.scale.value(5)
+    for place in (7, 9): dial.slider.value = place
+    panel.close()
+    run.step()
+    assert run.knobs["lr", "critic"].values[0] == dial.scale.value(9)
 
 
 def test_it_follows_by_itself():

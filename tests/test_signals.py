@@ -14,7 +14,7 @@ from trainkit.commands import CommandQueue
 from trainkit.signals import OTHERS, Signals, accepted_signals, read_signals
 
 ROOT = Path(__file__).resolve().parent.parent
-SAVE = ("save", {"note": "", "pin": False})
+SAVE = ("save", {"note": "", "pin": None})
 
 
 def raised(name):

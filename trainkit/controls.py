@@ -13,7 +13,7 @@ from .knobs import CadenceKnob, ScheduledKnob, all_knobs, knob, knobs, place, sc
 from .schedule import Knob, OptionKnob
 
 # %% auto #0
-__all__ = ['Control', 'shown_range', 'given_value', 'controls', 'value_of', 'hand_on', 'lay', 'check_turn', 'turn']
+__all__ = ['Control', 'shown_range', 'given_value', 'controls', 'value_of', 'hand_on', 'lay', 'check_turn', 'put', 'turn']
 
 # %% ../nbs/21b_controls.ipynb #bcd19850
 @dataclass(frozen=True)
@@ -137,6 +137,20 @@ def check_turn(
     return found
 
 
+def put(
+    found: Knob,  # one that `check_turn` has found fit for it
+    value: float | None = None,
+    times: float | None = None,  # or a multiple of the schedule
+) -> None:
+    "Put a knob to a value or a multiple of its schedule; with neither, give it back to the schedule."
+    if value is not None:
+        found.write([found.check(value)] * len(found.labels))
+    elif isinstance(found, ScheduledKnob) and times is not None:
+        found.schedule.override(times=times)
+    elif isinstance(found, ScheduledKnob):
+        found.schedule.release()
+
+
 def turn(
     learn: Any,
     name: str,  # of the knob
@@ -146,10 +160,5 @@ def turn(
 ) -> Knob:
     "Put a knob to a value or a multiple of its schedule; with neither, give it back to the schedule."
     found = check_turn(learn, name, player, value, times, back=value is None and times is None)
-    if value is not None:
-        found.write([found.check(value)] * len(found.labels))
-    elif isinstance(found, ScheduledKnob) and times is not None:
-        found.schedule.override(times=times)
-    elif isinstance(found, ScheduledKnob):
-        found.schedule.release()
+    put(found, value, times)
     return found

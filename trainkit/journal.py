@@ -78,6 +78,10 @@ def in_words(
     return f"{entry.what} {said}".strip() + (f": {_short(entry.new)}" if entry.new is not None else "")
 
 # %% ../nbs/03_journal.ipynb #34abf95d
+def _line(entry: Entry) -> bytes:
+    return json.dumps(vars(entry), allow_nan=False).encode()
+
+
 class Written:
     "Entries in order, and a file that they are appended to."
 
@@ -85,20 +89,21 @@ class Written:
         self.path = None if path is None else Path(path)
         self.entries: tuple[Entry, ...] = ()  # a new tuple at each entry, so that any thread may hold one
         self.version = 0  # grows with every change
-        self._unwritten: list[Entry] = []
+        self._unwritten: list[bytes] = []
         self._jumped = False  # the entries are others than those that were added last
         self._failed = False
         self._lock = threading.Lock()  # refusals are written down by whoever asked
 
     def add(self, entry: Entry) -> Entry:
         "Write down an entry."
-        json.dumps(asdict(entry), allow_nan=False)  # before anything changes: it must be plain
         with self._lock:
             if self._jumped:
-                entry, self._jumped = replace(entry, follows=self.entries[-1].id if self.entries else ""), False
+                entry = replace(entry, follows=self.entries[-1].id if self.entries else "")
+            line = _line(entry)  # before anything changes: it must be plain
+            self._jumped = False
             self.entries += (entry,)
             self.version += 1
-            self._unwritten.append(entry)
+            self._unwritten.append(line)
             self._write()
         return entry
 
@@ -111,27 +116,21 @@ class Written:
     def begin_anew(self) -> None:
         "No file until `keep_at`, which then gets everything."
         with self._lock:
-            self.path, self._unwritten, self._jumped = None, [*self.entries], False
+            self.path, self._unwritten, self._jumped = None, [_line(entry) for entry in self.entries], False
 
     def _write(self) -> None:
         if self.path is None or not self._unwritten:
             return
-        lines = b"".join(json.dumps(asdict(entry)).encode() + b"\n" for entry in self._unwritten)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "ab") as file:
-                torn = file.tell() and not self._ends_with_newline()
-                file.write(b"\n" * bool(torn) + lines)
+            with open(self.path, "a+b") as file:
+                torn = file.tell() > 0 and file.seek(-1, 2) >= 0 and file.read(1) != b"\n"
+                file.write(b"\n" * torn + b"\n".join([*self._unwritten, b""]))
             self._unwritten = []
         except OSError as error:
             if not self._failed:
                 warnings.warn(f"the journal can't be written, the run goes on: {error}", stacklevel=4)
             self._failed = True
-
-    def _ends_with_newline(self) -> bool:
-        with open(self.path or "", "rb") as file:
-            file.seek(-1, 2)
-            return file.read(1) == b"\n"
 
     def __len__(self) -> int:
         return len(self.entries)

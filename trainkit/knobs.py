@@ -186,10 +186,11 @@ def weights_of(learn: Any, player: Player) -> Iterator[tuple[str, Knob]]:
 
 def numbers_of(cb: Callback) -> Iterator[tuple[str, Knob]]:
     "The numbers of a callback that its constructor takes by the same name."
-    kinds = [kind for kind in type(cb).__mro__ if "__init__" in vars(kind) and kind is not object]
+    numbers = [name for name, value in [*vars(cb).items()] if isinstance(value, float)]
+    kinds = [kind for kind in type(cb).__mro__ if "__init__" in vars(kind) and kind is not object] if numbers else []
     given = {name for kind in kinds for name in inspect.signature(kind).parameters}
-    for name, value in [*vars(cb).items()]:
-        if name in given and isinstance(value, float):
+    for name in numbers:
+        if name in given:
             number = getattr(type(cb), name, None)
             yield name, NumberKnob(cb, name, number) if isinstance(number, Number) else AttributeKnob(cb, name)
 

@@ -115,6 +115,7 @@ class Pump:
     "Handles widget messages in a running cell, at each `poll()`; all others wait for `close()`. For one thread."
 
     EVERY, NUDGE = 0.02, 0.1  # seconds between two looks at the socket; at the one before it
+    STREAM = 0.06  # seconds between two looks while a hand drags something: each of its messages has its price
     AT_ONCE = 100  # messages taken in one look
     _innermost: ClassVar["Pump | None"] = None
 
@@ -122,7 +123,7 @@ class Pump:
         self._kernel, self._shell = kernel, shell
         self._stream, self._reply = _main_shell(kernel)
         self._held: deque[list[Any]] = deque()
-        self._due, self._nudge_due, self._thread = 0.0, 0.0, threading.get_ident()
+        self._due, self._nudge_due, self._found_at, self._thread = 0.0, 0.0, 0.0, threading.get_ident()
         self._outer, Pump._innermost = Pump._innermost, self
         if shell is not None: shell.events.register("post_execute", self._cell_ends)
 
@@ -135,8 +136,11 @@ class Pump:
     def poll(self) -> None:
         "Handle what waits, at most 50 times a second; raises nothing but an interrupt that came meanwhile."
         if time.monotonic() < self._due or threading.get_ident() != self._thread: return
-        _look(self)
-        if not self.closed: self._due = time.monotonic() + self.EVERY
+        found = _look(self)
+        if self.closed: return
+        now, before = time.monotonic(), self._found_at
+        if found: self._found_at = now
+        self._due = now + (self.STREAM if found and now - before < 3 * self.STREAM else self.EVERY)
 
     @property
     def closed(self) -> bool: return self._due == math.inf
@@ -170,13 +174,13 @@ def _handle(pump: Pump, frames: list[Any], interrupts: _InterruptsWait) -> None:
     except BaseException: kernel.log.error("trainkit: a message could not be handled", exc_info=True)
 
 
-def _take(pump: Pump) -> None:
-    "Take what waits: handle the one kind, keep the other."
+def _take(pump: Pump) -> int:
+    "Take what waits: handle the one kind, keep the other; returns how many were handled."
     import zmq
 
     socket, kernel, handled = pump._stream.socket, pump._kernel, 0
     late = getattr(pump._stream._recv_callback, "late", ())
-    if not late and not socket.get(zmq.EVENTS) & zmq.POLLIN: return
+    if not late and not socket.get(zmq.EVENTS) & zmq.POLLIN: return 0
     with _InterruptsWait() as interrupts, _without_hooks(pump._shell):
         for _ in range(pump.AT_ONCE):
             try: frames = late.popleft() if late else socket.recv_multipart(zmq.NOBLOCK, copy=False)
@@ -186,6 +190,7 @@ def _take(pump: Pump) -> None:
                 handled += 1
                 _handle(pump, frames, interrupts)
         if handled: kernel._publish_status("busy", "shell")
+    return handled
 
 # %% ../nbs/02b_pump.ipynb #216ff064
 def _look_again(stream: Any) -> None:
@@ -201,12 +206,13 @@ def _nudge(pump: Pump) -> None:
     if thread is not None: thread.io_loop.add_callback(_look_again, pump._kernel.shell_stream)
 
 
-def _look(pump: Pump) -> None:
-    "Look for messages; whatever goes wrong, the training goes on."
+def _look(pump: Pump) -> int:
+    "Look for messages; whatever goes wrong, the training goes on. Returns how many were handled."
     try:
         _nudge(pump)
-        _take(pump)
+        return _take(pump)
     except Exception: pump._kernel.log.error("trainkit: messages could not be taken", exc_info=True)
+    return 0
 
 # %% ../nbs/02b_pump.ipynb #bd22def0
 class _Between:

@@ -323,7 +323,14 @@ class Save(Scored):
         self._store()
         if self.player is not None:
             raise RuntimeError(f"can't save in the middle of player {self.player.name!r}'s turn; save between two steps")
-        self._own_run()
+        try:
+            self._own_run()
+            return self._write(note, pin, background)
+        finally:
+            if not self._fitting:  # a fit keeps it locked until it ends
+                self._store().unlock()
+
+    def _write(self, note: str, pin: bool | None, background: bool) -> Entry:
         last = {name: (int(steps[-1]), float(values[-1])) for name, (steps, values) in self.history.scalars.items()}
         metrics = {name: value for name, (_, value) in last.items()}
         name = self._monitored(last)
@@ -335,8 +342,6 @@ class Save(Scored):
         self.history.mark("checkpoint", self.step, note, id=entry.id)
         self.history.flush()
         self.parent = entry.id
-        if not self._fitting:  # a fit keeps it locked until it ends
-            self._store().unlock()
         return entry
 
 # %% ../nbs/25_state.ipynb #d72ef5bb

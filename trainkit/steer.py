@@ -18,7 +18,7 @@ from .callback import Callback, Cancel, CancelPause
 from .checkpoint import Entry as Checkpoint
 from .checkpoint import Which
 from .commands import Command, CommandQueue, check_at, check_command
-from .controls import Control, check_turn, controls, hand_on, lay, turn, value_of
+from .controls import Control, check_turn, controls, hand_on, lay, put, value_of
 from .journal import Entry, Journal, in_words
 from .knobs import CadenceKnob, declared_of, knob, numbers_of
 from .loop import Jump, Loop, Pause, Target
@@ -86,9 +86,9 @@ def do_set(learn: Any, name: str, player: str | None, value: float | None, times
     "Put a knob to a value, or a multiple of its schedule."
     found = check_turn(learn, name, player, value, times)
     old, before = value_of(found), hand_on(found)
-    turn(learn, name, player, value, times)
+    put(found, value, times)
     _keep_to_the_plan(learn, found, old, before)
-    return Told(old, new := value_of(knob(learn, name, player)), before, result=new)
+    return Told(old, new := value_of(found), before, result=new)
 
 
 def _keep_to_the_plan(learn: Any, found: Knob, old: Any, before: dict[str, Any]) -> None:
@@ -103,9 +103,10 @@ def _keep_to_the_plan(learn: Any, found: Knob, old: Any, before: dict[str, Any])
 
 def do_release(learn: Any, name: str, player: str | None) -> Told:
     "Give a knob back to its schedule."
-    found = knob(learn, name, player)
+    found = check_turn(learn, name, player, back=True)
     old, before = value_of(found), hand_on(found)
-    return Told(old, new := value_of(turn(learn, name, player)), before, result=new)
+    put(found)
+    return Told(old, new := value_of(found), before, result=new)
 
 
 def do_undo(learn: Any) -> Told:

@@ -27,7 +27,7 @@ from .subjects import digest, supervised
 
 NAME = "ckpt-000000024.pt"  # of the hostile file; it lies beside honest ones
 GROWTH = 100  # MB that looking at a hostile file may cost, and twice its size
-SECONDS = 20  # of computing, or three times as many of waiting, after which a process counts as hanging
+SECONDS = 60  # of computing, or three times as many of waiting, after which a process counts as hanging
 
 
 # ------------------------------------------------------------------------------------------------------- in the child

@@ -177,7 +177,7 @@ def _full_disk(folder: Path) -> Row:
             try:
                 learn.branch(PER_EPOCH, "branch")
             except CheckpointError as error:
-                assert "No space left" in str(error)
+                assert "No space left" in str(error), str(error)
             else:
                 raise AssertionError("it went through")
             finally:

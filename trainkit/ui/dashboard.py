@@ -8,6 +8,7 @@ __all__ = ['LIVE_STYLES', 'WIDGET', 'MOST_TABLE', 'SMOOTH', 'REFRESH', 'style_ht
            'Window', 'dashboard']
 
 # %% ../../nbs/56a_ui_dashboard.ipynb #8d534da0
+import math
 import threading
 import time
 import weakref
@@ -271,8 +272,9 @@ class Live(Look):
             self.end()
             return False
         if woken:
-            d.words.hurry()
-            d.pictures.hurry()
+            held = told["state"] == "paused"  # nobody is kept from training
+            d.words.hurry(math.inf if held else 0.05)
+            d.pictures.hurry(math.inf if held else 0.2)
         if d.words.due():
             with d.words.spend(): d.say(told)
         if d.pictures.due() and d.changed:

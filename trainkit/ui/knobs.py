@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TIMES', 'exact', 'accepted', 'number_in', 'Scale', 'scale_of', 'Pen', 'answered', 'became', 'touched', 'pretty',
-           'standing_at', 'slider', 'field', 'Face', 'Telling', 'Shown', 'Asking', 'Dial', 'key_of', 'Sections',
-           'Dials', 'Deck']
+           'standing_at', 'slider', 'field', 'Face', 'Telling', 'Shown', 'Asking', 'later', 'Dial', 'key_of',
+           'Sections', 'Dials', 'Deck']
 
 # %% ../../nbs/55_ui_knobs.ipynb #fb1e4a18
 import html
@@ -334,8 +334,23 @@ class Asking(Shown):
             self.show(self.control)
 
 # %% ../../nbs/55_ui_knobs.ipynb #bc489d7e
+def later(
+    seconds: float,
+    act: Callable[[], None],
+) -> threading.Timer:
+    "Do something after a while, in a thread of its own."
+    timer = threading.Timer(seconds, act)
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
 class Dial(Asking):
     "Shows where a knob stands, and sends what a hand does to it."
+
+    pace = 0.1  # seconds, at least, between two commands of a slider under a hand: each costs the training time
+    _moved: tuple[int, Scale, str] | None = None  # where to, until that is sent
+    _next = -math.inf  # when the next command may be sent
 
     def __init__(self, widgets: Any, control: Control, send: Callable[..., None], pen: Pen, *more: Any):
         super().__init__(widgets, control, send, pen, *more)
@@ -348,11 +363,20 @@ class Dial(Asking):
     def turned(self, position: int, scale: Scale, what: str) -> None:
         "The slider was moved by hand."
         if self.pen.echo: return
-        value = scale.value(position)
+        with self.pen.lock:
+            self.touch, first = time.monotonic(), self._moved is None
+            self._moved, wait = (position, scale, what), self._next - self.touch
+        if wait <= 0: self.flush()
+        elif first: later(wait, self.flush)
+
+    def flush(self) -> None:
+        "Send where the slider was moved to, if that isn't on its way yet."
         with self.pen.writing():
-            self.touch = time.monotonic()
+            if self._moved is None: return
+            (position, scale, what), self._moved = self._moved, None
+            self._next = time.monotonic() + self.pace
             moved = self.slider if what == "value" else self.times
-            moved.value, self.field.value = position, exact(value)
+            moved.value, self.field.value = position, exact(value := scale.value(position))
         self.ask("set", **{what: value})
 
     def typed(self, text: str) -> None:
@@ -458,6 +482,10 @@ class Deck(Dials):
         self.heard[name, player] = entry
         for key, dial in self.dials.items():
             if key[1] == name and (not player or key[0] == player): dial.hear(entry)
+
+    def flush(self) -> None:
+        "Send where sliders were moved to."
+        for dial in [*self.dials.values()]: dial.flush()
 
     def forget(self) -> None:
         "The journal has become another one."

@@ -22,7 +22,7 @@ from ..pump import Pump
 from .buttons import Buttons, Ids, Message, said_of
 from .gallery import Controls as GalleryControls
 from .gallery import answering, button, close_all, gallery
-from .knobs import Deck, Pen, answered
+from .knobs import Deck, Pen, answered, later
 from .presets import Presets
 from .tables import journal_table, timings_table, undoable
 
@@ -265,6 +265,7 @@ class Sending(Drawing):
     def send_about(self, what: str, sent: Callable[[Any], None], /, **values: Any) -> None:
         "Send a command, and hand it over, or the error that it was refused with."
         if self.closed: return
+        if self.view is not None: self.view.deck.flush()  # in the order in which hands have moved
         try: command: Any = self.endpoint().send(what, source="panel", **values)
         except Exception as error:
             self.say(f"Not done: {error}", False)
@@ -278,9 +279,7 @@ class Sending(Drawing):
         "Draw once more when no slider is under a hand."
         with self.pen.lock:
             if self._timer is not None or self.view is None or not self.view.deck.busy: return
-            self._timer = threading.Timer(self.hold, self._settle)
-            self._timer.daemon = True
-            self._timer.start()
+            self._timer = later(self.hold, self._settle)
 
     def _settle(self) -> None:
         with self.pen.lock:
@@ -366,6 +365,7 @@ class Following(Shelving):
 
     def close(self) -> None:
         "Take the widgets away."
+        if self.view is not None: self.view.deck.flush()
         with self.pen.lock:
             self.closed, timer, view = True, self._timer, self.view
             self._end.set()

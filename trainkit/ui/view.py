@@ -92,9 +92,12 @@ class Budget:
             self.rested = end + self.rest * (end - start)
             self.next = max(end + self.every, self.rested, self.begin + self.charged / self.share)
 
-    def hurry(self) -> None:
-        "Somebody waits: the next drawing is due as soon as the last one's rest is over."
-        self.next = min(self.next, self.rested)
+    def hurry(
+        self,
+        ahead: float = 0.5,  # seconds of drawing that may run ahead of the share
+    ) -> None:
+        "Somebody waits: the next drawing is due once the last one's rest is over, unless it would run too far ahead."
+        self.next = min(self.next, max(self.rested, self.begin + (self.charged - ahead) / self.share))
 
 # %% ../../nbs/49_ui_view.ipynb #6f8939c1
 def to_png(
