@@ -184,6 +184,18 @@ def test_a_paused_run_can_be_ended_in_every_way(end):
     same_weights(learn, plain)
 
 
+@pytest.mark.parametrize("place, said", [("script", True), ("terminal", True), ("notebook", False), ("ipython", False)])
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_pause_that_nobody_sees_says_how_to_go_on(place, said, kept, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TRAINKIT_WHERE", place)
+    learn = learner(run=tmp_path / "a run" if kept else None)
+    learn.add(On("after_batch", lambda learn: learn.step == 3 and learn.pause(), order=99),
+              On("before_pause", lambda learn: learn.resume()))
+    learn.fit(epochs=1)
+    way = f"python -m trainkit.control '{tmp_path / 'a run'}' resume" if kept else "a thread of this program may call learn.resume()"
+    assert (f"paused at step 3: {way}" in capsys.readouterr().err) is said and learn.state == "finished"
+
+
 def test_a_callback_may_end_a_pause():
     def go_on(learn):
         raise CancelPause

@@ -5,6 +5,8 @@
 # %% ../nbs/26b_steer.ipynb #6b6799aa
 from __future__ import annotations
 
+import shlex
+import sys
 import threading
 import time
 import uuid
@@ -19,6 +21,7 @@ from .checkpoint import Entry as Checkpoint
 from .checkpoint import Which
 from .commands import Command, CommandQueue, check_at, check_command
 from .controls import Control, check_turn, controls, hand_on, lay, put, value_of
+from .environment import where
 from .journal import Entry, Journal, in_words
 from .knobs import CadenceKnob, declared_of, knob, numbers_of
 from .loop import Jump, Loop, Pause, Target
@@ -27,9 +30,9 @@ from .status import Pace, status_of
 from .travel import Loaded
 
 # %% auto #0
-__all__ = ['ACTIONS', 'Told', 'do_pause', 'do_resume', 'do_step', 'do_stop', 'do_set', 'do_release', 'do_undo', 'do_validate',
-           'do_sample', 'do_save', 'do_restore', 'do_note', 'Commanded', 'Heeding', 'Listening', 'Saving',
-           'Remembering', 'Steered']
+__all__ = ['ACTIONS', 'Told', 'way_on', 'do_pause', 'do_resume', 'do_step', 'do_stop', 'do_set', 'do_release', 'do_undo',
+           'do_validate', 'do_sample', 'do_save', 'do_restore', 'do_note', 'Commanded', 'Heeding', 'Listening',
+           'Saving', 'Remembering', 'Steered']
 
 # %% ../nbs/26b_steer.ipynb #e7e08799
 @dataclass
@@ -48,10 +51,22 @@ def _in_a_fit(learn: Any, what: str) -> None:
         raise ValueError(f"no fit is running: there is nothing to {what}")
 
 
+def way_on(
+    learn: Any,  # a paused learner
+) -> str:
+    "How its fit goes on, or ends, where no panel offers it."
+    if learn.run is not None:
+        return f"paused at step {learn.step}: python -m trainkit.control {shlex.quote(str(learn.run))} resume (or stop)"
+    return (f"paused at step {learn.step}: a thread of this program may call learn.resume(); there is no run folder through "
+            "which anybody else could. Ctrl-C ends the fit")  # fmt: skip
+
+
 def do_pause(learn: Any) -> Told:
     "Hold before the next step."
     _in_a_fit(learn, "pause")
     learn.paused, learn._free = True, None
+    if where() in ("script", "terminal"):
+        print(way_on(learn), file=sys.stderr, flush=True)
     return Told()
 
 
