@@ -32,6 +32,7 @@ from tests.browser.test_live import CLICKS, MAKE, Shown  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results" / "live.md"
 SECONDS = int(os.environ.get("LONG_RUN", 180))  # of the long run
+REFRESHES = int(os.environ.get("REFRESHES", 100_000))  # of that without a browser
 PATIENT = """
 nap.update(after_batch=0)
 seen, spent = [], [0.0]  # a row for each step: clock, CPU time of the thread that trains, of the process, of commands
@@ -92,13 +93,14 @@ def hurried(learn):
             said[1] += 1
             return draw()
         d.say, d.draw = saying, drawing
-    if rows and time.time() - rows[-1][0] < 2: return
+    if said[0] >= most_words[0]: learn.stop()
+    elif rows and time.time() - rows[-1][0] < 2: return
     with open("/proc/self/statm") as file: size = int(file.read().split()[1]) * 4096
     rows.append((time.time(), *said, sent[0], size, len(kernel.comm_manager.comms),
                  len(ipywidgets.widgets.widget._instances), learn.step))
 
 kernel.session.send = counted
-fast = [False]
+fast, most_words = [False], [10**9]
 gan.remove(On)
 gan.add(On("after_batch", lambda learn: (time.sleep(0.01), hurried(learn))))
 """
@@ -226,6 +228,38 @@ def long_run(lab: Lab, page: Any) -> list[str]:
     return lines
 
 
+def many(refreshes: int) -> list[str]:
+    "As many refreshes as in hours, in a kernel whose messages are only counted: what grows?"
+    from jupyter_client.manager import start_new_kernel
+
+    with tempfile.TemporaryDirectory() as folder:
+        manager, client = start_new_kernel(kernel_name="python3", cwd=folder)
+        sizes = [0, 0]
+
+        def count(message: dict[str, Any]) -> None:
+            sizes[0] += 1
+            sizes[1] += len(json.dumps(message["content"]))
+            assert message["msg_type"] != "error", message["content"]
+
+        try:
+            fit = LONG_FIT.replace("FAST", "True").replace("gan.fit", f"most_words[0] = {refreshes}\ngan.fit")
+            for source in (MAKE.replace("NAME", "many") + PATIENT, LONG.replace("sleep(0.01)", "sleep(0.05)"), fit):
+                client.execute_interactive(source, allow_stdin=True, output_hook=count, timeout=3600)
+            rows = json.loads((Path(folder) / "rows.json").read_text())
+        finally:
+            manager.shutdown_kernel(now=True)
+    lines = [f"The same without a browser, until the display has been brought up to date {rows[-1][1]} times: {sizes[0]} messages, "
+             f"{sizes[1] / sizes[0] / 1000:.1f} KB each.", "",
+             "| refreshes | pictures | IOPub messages per refresh | resident MB | comms | widgets | steps |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for share in (0.01, 0.1, 0.25, 0.5, 0.75, 1.0):
+        k = min(next((i for i, row in enumerate(rows) if row[1] >= share * rows[-1][1]), len(rows) - 1), len(rows) - 1)
+        row, before = rows[k], rows[max(0, k - 5)]
+        each = (row[3] - before[3]) / max(1, row[1] - before[1])
+        lines.append(f"| {row[1]} | {row[2]} | {each:.2f} | {row[4] / 1e6:.0f} | {row[5]} | {row[6]} | {row[7]} |")
+    return lines
+
+
 def measured(part: Any, *args: Any) -> Any:
     "What a part finds, in a browser context of its own; and the load of the machine meanwhile."
     with tempfile.TemporaryDirectory() as home, serving(Path(home)) as lab, sync_playwright() as playwright:
@@ -258,6 +292,7 @@ def main() -> None:
         lines += ["", "## A long run, compressed", "",
                   f"The display is brought up to date without any pause for {SECONDS} s.", ""]
         lines += measured(long_run)
+        lines += ["", *many(REFRESHES)]
     text = "\n".join(lines) + "\n"
     print(text)
     if "--print" not in sys.argv:

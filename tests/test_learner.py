@@ -1257,6 +1257,19 @@ def test_a_folder_is_not_taken_while_a_fit_runs(tmp_path):
     assert old.state == "finished" and [entry.step for entry in old.checkpoints] == [5, 10, 15]
 
 
+def test_a_checkpoint_is_found_by_its_note(tmp_path):
+    learn = learner(run=tmp_path / "run", save_every="none")
+    for note in ("first try", "second try", "first try"):
+        learn.fit(steps=1)
+        learn.save(note)
+    learn.fit(steps=1)
+    assert learn.restore("second try").step == learn.step == 2
+    assert learn.restore("first try").step == learn.step == 3  # the newest of that note
+    with pytest.raises(CheckpointError, match="no checkpoint 'third try'"):
+        learn.restore("third try")
+    assert learn.step == 3
+
+
 def test_a_save_that_fails_keeps_nobody_out(tmp_path, monkeypatch):
     "Neither from the run's folder nor from that of a branch which came to nothing."
     learn = learner(run=tmp_path / "run")

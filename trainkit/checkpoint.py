@@ -178,7 +178,7 @@ def read_entry(
     return entry
 
 # %% ../nbs/23_checkpoint.ipynb #b7706ba3
-Which = str | int | Entry | Path  # an id, a step, "last", what `save` returned, a file in the folder
+Which = str | int | Entry | Path  # an id, a step, a note, "last", what `save` returned, a file in the folder
 
 
 def meant(
@@ -191,7 +191,8 @@ def meant(
         time = which.time if isinstance(which, Entry) else 0  # 0: not known
         return [e for e in entries if os.path.realpath(e.path) == path and (e.time == time or 0 in (e.time, time))]
     name = which.removeprefix("ckpt-").removesuffix(".pt").lstrip("0") or "0" if isinstance(which, str) else None
-    return [e for e in entries if which == "last" or e.id == name or e.step == which]
+    found = [e for e in entries if which == "last" or e.id == name or e.step == which]
+    return found or [e for e in entries if which and e.info.get("note") == which]
 
 
 def nothing_meant(which: Which, entries: Sequence[Entry], folder: Path) -> CheckpointError:
@@ -244,7 +245,7 @@ class Shelf:
         return next(iter(ranked(self.list())), None)
 
     def find(self, which: Which) -> Entry:
-        "The checkpoint of an id, the newest of a step (an int), 'last', 'best', an Entry, a Path; CheckpointError if none."
+        "The checkpoint of an id, the newest of a step (an int) or a note, 'last', 'best', an Entry, a Path; or CheckpointError."
         entries = self.list()
         best = self.best if which == "best" else None
         found = [best] if best else meant(which, entries)

@@ -373,7 +373,7 @@ class Restore(RestoreWeights):
 
     def restore(
         self,
-        which: Which = "last",  # "last", "best", an id, a step, an entry
+        which: Which = "last",  # "last", "best", an id, a step, the note it was saved with, an entry
         only: str = "all",  # "all"; or "weights": those of the models, and nothing else
         without: str | Iterable[str] = (),  # callbacks whose states are left out, by name
     ) -> Entry:

@@ -134,7 +134,7 @@ def panel_rows(rows: list) -> list:
     return [row for row in rows if row[5] == "panel"]
 
 
-@pytest.mark.parametrize("background", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["foreground", "background"])
+@pytest.mark.parametrize("background", [False, True], ids=["foreground", "background"])
 def test_fifty_clicks(lab, page, background):
     "None is lost, none counts twice, all in order."
     name = f"clicks-{'background' if background else 'foreground'}"
