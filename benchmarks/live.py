@@ -248,12 +248,12 @@ def many(refreshes: int) -> list[str]:
             rows = json.loads((Path(folder) / "rows.json").read_text())
         finally:
             manager.shutdown_kernel(now=True)
-    lines = [f"The same without a browser, until the display has been brought up to date {rows[-1][1]} times: {sizes[0]} messages, "
-             f"{sizes[1] / sizes[0] / 1000:.1f} KB each.", "",
+    lines = [f"The same without a browser, until the display has been brought up to date {rows[-1][1]} times: {sizes[0]} "
+             f"messages, {sizes[1] / sizes[0] / 1000:.1f} KB each.", "",
              "| refreshes | pictures | IOPub messages per refresh | resident MB | comms | widgets | steps |",
              "|---|---|---|---|---|---|---|"]  # fmt: skip
     for share in (0.01, 0.1, 0.25, 0.5, 0.75, 1.0):
-        k = min(next((i for i, row in enumerate(rows) if row[1] >= share * rows[-1][1]), len(rows) - 1), len(rows) - 1)
+        k = next(i for i, row in enumerate(rows) if row[1] >= share * rows[-1][1])
         row, before = rows[k], rows[max(0, k - 5)]
         each = (row[3] - before[3]) / max(1, row[1] - before[1])
         lines.append(f"| {row[1]} | {row[2]} | {each:.2f} | {row[4] / 1e6:.0f} | {row[5]} | {row[6]} | {row[7]} |")

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from trainkit.gan.metrics import ClassifierScore, classifier_score, evaluating
+from trainkit.gan.metrics import ClassifierScore, Deal, answers_of, classifier_score, evaluating
 
 
 def papers_formula(p):
@@ -48,7 +48,8 @@ def test_any_stream_gives_the_value_of_the_whole(sizes, splits, batch_size):
         with pytest.raises(ValueError, match=f"{splits} splits need"):
             score.compute()
         return
-    expected = torch.stack([papers_formula(logits[i::splits].double().softmax(1)) for i in range(splits)])
+    part = Deal(splits)(len(logits))
+    expected = torch.stack([papers_formula(logits[part == i].double().softmax(1)) for i in range(splits)])
     torch.testing.assert_close(score.compute_splits(), expected)
     assert score.compute() == pytest.approx(expected.mean().item())
 
@@ -157,3 +158,40 @@ def test_bad_arguments_are_named():
     for bad in (torch.ones(3), torch.ones(0, 3), torch.ones(2, 3, 4)):
         with pytest.raises(ValueError, match="expected"):
             classifier_score(bad)
+
+
+@given(st.lists(st.integers(0, 200), min_size=1, max_size=8), st.integers(1, 12))
+@settings(max_examples=40, deadline=None)
+def test_deals_are_fair_and_do_not_depend_on_the_batches(sizes, splits):
+    whole, deal = Deal(splits)(sum(sizes)), Deal(splits)
+    assert torch.equal(torch.cat([deal(n) for n in sizes]), whole)
+    shares = whole.bincount(minlength=splits)
+    assert shares.max() - shares.min() <= 1
+    rounds = whole[: len(whole) // splits * splits].view(-1, splits)
+    assert (rounds.sort(1).values == torch.arange(splits)).all()
+
+
+def test_a_pattern_in_the_stream_is_no_pattern_in_the_splits():
+    "Classes that come in turn, as many as splits: dealt in turn, every split would hold one class and score 1."
+    certain = 50 * torch.eye(10).repeat(100, 1)
+    for splits in (2, 5, 10):
+        assert score_of(certain, nn.Identity(), splits=splits) > 9
+
+
+def test_measuring_is_in_the_networks_own_precision():
+    torch.manual_seed(0)
+    net, x = nn.Linear(4, 3), torch.randn(9, 4).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        answers = answers_of(net, x, batch_size=4)
+    torch.testing.assert_close(answers, nn.functional.linear(x.float(), net.weight, net.bias), rtol=0, atol=0)
+    assert not answers.requires_grad
+    for bad in ([1.0, 2.0], torch.tensor(3.0)):
+        with pytest.raises(TypeError, match="samples are a tensor"):
+            answers_of(net, bad)
+
+
+def test_labels_are_not_looked_at():
+    with_labels, without = ClassifierScore(nn.Identity()), ClassifierScore(nn.Identity())
+    with_labels.update(torch.eye(3), torch.arange(3))
+    without.update(torch.eye(3))
+    assert with_labels.compute() == without.compute()

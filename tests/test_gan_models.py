@@ -77,7 +77,7 @@ def test_blocks_double_and_halve():
     assert up_block(5, 3, first=True)(torch.randn(2, 5, 1, 1)).shape == (2, 3, 4, 4)
     assert down_block(5, 3)(torch.randn(2, 5, 12, 12)).shape == (2, 3, 6, 6)
     for block in (up_block, down_block):
-        assert block(5, 3)[0].bias is None and block(5, 3, batchnorm=False)[0].bias is not None
+        assert block(5, 3)[0].bias is None and block(5, 3, norm=None)[0].bias is not None
 
 
 @pytest.mark.parametrize("size", [0, 1, 4, 8, 15, 17, 24, 48, 100, 32.0, -16])

@@ -19,6 +19,7 @@ from trainkit.history import History
 from trainkit.ui import front as front_module
 from trainkit.ui import plots, progress
 from trainkit.ui.front import front
+from trainkit.ui.marks import name_of, places, wide
 from trainkit.ui.plots import Curves, Plot, decimate, local_lines, plot_history, trend, view_limits
 from trainkit.ui.progress import LogPlace, NotebookPlace, Progress, Status, Table, TerminalPlace
 from trainkit.ui.samples import Samples, compare, comparison_grid, sample_grid, to_uint8, watching
@@ -233,23 +234,94 @@ def test_legend_covers_neither_title_nor_neighbour(panels, players):
 
 def names_of(lines):
     "What stands in the picture: (step, name, side)."
-    return [(t.get_position()[0], t.get_text(), t.get_ha()) for t in lines._texts]
+    return [(name.x, name.text, "left" if name.left else "right") for name in lines.written]
 
 
 def test_marks_have_names_that_can_be_read():
-    history, plot = record(), Plot()
+    history, plot = record(valid__score=lambda s: s), Plot()
     for kind, step in [("interrupted", 3), ("checkpoint", 100), ("stopped", 150), ("checkpoint", 200), ("interrupted", 200)]:
         history.mark(kind, step)
     plot.update(history.snapshot())
     first, second = plot.panels[0][1], [lines for _, lines in plot.panels[1:]]
     assert names_of(first) == [(3, "interrupted", "left"), (100, "checkpoint", "right"), (150, "stopped", "right"),
                                (200, "checkpoint, interrupted", "right")]
-    assert all(names_of(lines) == [] for lines in second)
-    plot.pixels()
-    assert all(plot.panels[0][0].ax.bbox.overlaps(t.get_window_extent()) for t in first._texts)
+    assert [names_of(lines) for lines in second] == [[]]
     for step in range(201, 400): history.add("train/generator/loss", 1.0, step)
     plot.update(history.snapshot())
     assert [step for step, *_ in names_of(first)] == [3, 100, 150, 200]
+
+
+LONG = ["weights.gradient_penalty of discriminator: 10 → 5", "lr: 1 → 0.1", "a note\nof two lines, $x_$ and more than has room"]
+
+
+@pytest.mark.parametrize("n", [1, 5, 50])
+@pytest.mark.parametrize("where, width, panels", [("even", 9, 3), ("even", 9, 1), ("late", 6.2, 2), ("early", 9, 3), ("at once", 9, 3)])
+def test_names_of_marks_lie_apart_and_inside(n, where, width, panels):
+    more = {f"valid__{k}": lambda s: s for k in range(panels - 1)}
+    history, plot = record(**more), Plot(width=width)
+    steps = {"even": np.linspace(2, 200, n), "late": np.linspace(170, 200, n), "early": np.linspace(0, 20, n),
+             "at once": np.full(n, 120)}[where].astype(int).tolist()  # fmt: skip
+    for i, step in enumerate(steps): history.mark("command", step, LONG[i % 3])
+    plot.update(history.snapshot())
+    assert plot.pixels().shape == (280, 100 * width, 3) and len(plot.panels) == panels
+    panel, lines = plot.panels[0]
+    boxes = [name.parts[1].get_window_extent() for name in lines.written]
+    inside = panel.ax.bbox
+    for box, name in zip(boxes, lines.written):
+        assert inside.x0 <= box.x0 and box.x1 <= inside.x1 + 0.5 and inside.y0 < box.y0 and box.y1 < inside.y1, name.text
+        edge = panel.ax.transData.transform((name.x, 0))[0]
+        assert 0 < (box.x0 - edge if name.left else edge - box.x1) < 3  # beside its line
+    assert all(a.x1 < b.x0 for a, b in zip(boxes, boxes[1:]))
+    assert 1 <= len(boxes) <= min(n, 5) and (where != "even" or len(boxes) == min(n, 5))
+    ticks = np.array(lines.ticks.get_xdata())
+    assert set(ticks) <= set(steps) and all(np.abs(ticks - step).min() < 3 for step in steps)  # less than a point beside it
+    told = [re.findall(r"(\d+) earlier| [+](\d+)$", name.text) for name in lines.written]
+    earlier, others = (sum(int(f[k]) for found in told for f in found if f[k]) for k in (0, 1))
+    named = sum(len([t for t in LONG if t[:5] in name.text]) for name in lines.written)
+    assert earlier + others + named == n  # nothing is passed over in silence
+
+
+@given(st.lists(st.integers(0, 1000), max_size=60), st.floats(1, 200))
+def test_marks_share_places_that_have_room_for_a_name(steps, least):
+    steps = np.array(sorted(steps), np.int64)
+    shared = places(steps, least, 0.0)
+    assert [i for begin, end in shared for i in range(begin, end)] == [*range(len(steps))]
+    at = [int(steps[end - 1]) for _, end in shared]
+    rooms = [(x, x + least) if x - least < 0 else (x - least, x) for x in at]  # on the right where the left is outside
+    assert all(a[1] <= b[0] for a, b in zip(rooms, rooms[1:]))
+    for (begin, end), x in zip(shared, at): assert x - steps[begin] < 2 * least or x < 3 * least
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.text(st.characters(max_codepoint=0x250), max_size=70), min_size=1, max_size=5), st.floats(40, 200))
+def test_names_are_no_longer_than_there_is_room(texts, room):
+    name = name_of(texts, room)
+    assert wide(name) <= room + 0.5 and "\n" not in name
+    if len(texts) == 1 and wide(" ".join(texts[0].split())) <= room: assert name == " ".join(texts[0].split())
+
+
+def test_a_dollar_is_no_mathematics():
+    history = record()
+    history.add("train/$x_$/loss", 1.0, 1)
+    history.add("valid/$\\frac$", 1.0, 1)
+    history.mark("note", 100, "costs $x_$ and $\\frac$")
+    plot = Plot()
+    plot.update(history.snapshot())
+    assert plot.pixels().shape == (280, 900, 3)
+    assert plot.panels[0][1].written[0].text == "costs $x_$ and $\\frac$"
+
+
+def test_marks_are_laid_out_again_only_when_they_change():
+    history, plot = record(), Plot()
+    history.mark("command", 100, "lr: 1 → 0.1")
+    plot.update(history.snapshot())
+    name, = plot.panels[0][1].written
+    history.add("train/generator/loss", 1.0, 201)
+    plot.update(history.snapshot())
+    assert plot.panels[0][1].written == [name]
+    history.mark("command", 201, "lr: 0.1 → 1")
+    plot.update(history.snapshot())
+    assert name not in plot.panels[0][1].written and name.parts[0].axes is None  # taken away
 
 
 @pytest.mark.parametrize("end", ["stopped", "interrupted"])

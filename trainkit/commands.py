@@ -103,7 +103,8 @@ COMMANDS: dict[str, Spec] = {
     "sample": Spec("draw samples now"),
     "save": Spec("save a checkpoint", {
         "note": Value("text", "", "shown beside it"), "pin": Value("flag", None, "keep it; with a note: yes")}),
-    "restore": Spec("go back to a checkpoint and go on from there", {"which": Value("place", "last", "last, best, id, step or note")}),
+    "restore": Spec("go back to a checkpoint and go on from there",
+                    {"which": Value("place", "last", "last, best, id, step or note")}),
     "note": Spec("write a note on the curves", {"text": Value("text", help="the note")}),
 }
 

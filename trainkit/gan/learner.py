@@ -5,22 +5,26 @@
 # %% ../../nbs/44_gan_learner.ipynb #551dd8c9
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..background import between_steps
 from ..callback import Callback
-from .losses import get_loss
-from ..learner import Learner
-from ..player import Player, Term, as_terms, freeze, thaw
+from .game import GameLearner
+from .losses import GANLoss, get_loss
+from .penalties import uncompiled
+from ..player import Player, Term, as_terms
+from ..shapes import key_of, locate
 
 # %% auto #0
-__all__ = ['Round', 'call', 'latent_of', 'GANData', 'GANSteps', 'adversarial', 'Sampling', 'GANLearner', 'with_own', 'per_player',
-           'check_gan', 'labels_for']
+__all__ = ['LATE', 'Round', 'call', 'judgement', 'logits_of', 'latent_of', 'find_loss', 'Sampling', 'Draw', 'GANData', 'Fakes',
+           'GANSteps', 'wants_fake_labels', 'penalised', 'adversarial', 'as_list', 'GANLearner', 'with_own',
+           'per_player', 'check_gan', 'labels_for']
 
 # %% ../../nbs/44_gan_learner.ipynb #75c8c1f1
 @dataclass
@@ -35,15 +39,34 @@ class Round:
     fake_labels: Tensor | None = None
     real_logits: Tensor | None = None  # in the generator's turn only if its loss asks for them
     fake_logits: Tensor | None = None
+    noise: Tensor | None = None  # what the fakes were made from
+    real_outputs: Mapping[str, Tensor] = field(default_factory=dict)  # what else the discriminator says of them, by name
+    fake_outputs: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def call(net: nn.Module, x: Tensor, labels: Tensor | None) -> Tensor:
+def call(net: nn.Module, x: Tensor, labels: Tensor | None) -> Any:
     "A network on `x`, and on labels where there are any."
     return net(x) if labels is None else net(x, labels)
+
+# %% ../../nbs/44_gan_learner.ipynb #b460c412
+def judgement(said: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
+    "What a discriminator returned, as logits and what else it says by name."
+    logits, outputs = said if isinstance(said, tuple) and len(said) == 2 else (said, {})
+    if not isinstance(logits, Tensor) or not isinstance(outputs, Mapping):
+        kinds = ", ".join(type(x).__name__ for x in (said if isinstance(said, tuple) else [said]))
+        raise TypeError(f"a discriminator returns logits, or (logits, {{name: tensor}}); received {kinds}")
+    return logits, outputs
+
+
+def logits_of(net: nn.Module) -> Callable[..., Tensor]:
+    "A discriminator that says more, as a function that gives the logits only."
+    return lambda *inputs: judgement(uncompiled(net)(*inputs))[0]
 
 # %% ../../nbs/44_gan_learner.ipynb #9f88ea51
 def latent_of(latent: Any, generator: nn.Module) -> Callable[[int, torch.device], Tensor]:
     "(n, device) -> noise for the generator."
+    if latent is None and callable(own := getattr(generator, "sample_latent", None)):
+        return own
     width = getattr(generator, "latent_dim", None) if latent is None else latent
     if callable(width):
         return width
@@ -52,91 +75,23 @@ def latent_of(latent: Any, generator: nn.Module) -> Callable[[int, torch.device]
                          f"generator with a latent_dim; received latent={latent!r}")  # fmt: skip
     return lambda n, device: torch.randn(n, width, device=device)
 
+# %% ../../nbs/44_gan_learner.ipynb #87bb5720
+LATE = {"began": "trainkit.gan.energy.BoundaryEquilibrium", "boundary_equilibrium": "trainkit.gan.energy.BoundaryEquilibrium"}
+
+
+def find_loss(loss: Any) -> GANLoss:
+    "A GAN loss from its name, a dotted name, an object or a class (see `gan.losses.get_loss`)."
+    place = LATE.get(key_of(loss), loss if "." in loss else None) if isinstance(loss, str) else None
+    return get_loss(loss if place is None else locate(place))
+
 # %% ../../nbs/44_gan_learner.ipynb #3538fe40
-class GANData(Learner):
-    "Real samples from batches, fakes from noise."
+class Sampling(GameLearner):
+    "Looks at what the generator makes."
 
     generator: nn.Module
-    discriminator: nn.Module
     labels: str
     num_classes: int
     latent: Callable[[int, torch.device], Tensor]
-
-    def real_of(self, batch: Any) -> tuple[Tensor, Tensor | None]:
-        "The real samples of a batch, and their labels when the learner uses labels."
-        inputs, _, targets = self.split(batch)
-        if self.labels == "none":
-            return inputs[0], None
-        if not targets:
-            raise ValueError(f"labels={self.labels!r} needs labelled batches (samples, labels)")
-        return inputs[0], targets[0]
-
-    def fake_of(self, n: int, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        "Fresh fakes, with the labels they were made for."
-        if self.labels == "sampled":
-            labels = torch.randint(self.num_classes, (n,), device=self.device)
-        return call(self.generator, self.latent(n, self.device), labels), labels
-
-# %% ../../nbs/44_gan_learner.ipynb #2421069d
-class GANSteps(GANData):
-    "The two steps of a GAN."
-
-    reuse_forward: bool
-    needs_real: bool  # the generator's loss looks at the real logits, too (relativistic losses)
-    _kept: tuple[int, Tensor, Tensor | None] | None = None
-
-    def _turns(self) -> None:
-        try:
-            super()._turns()
-        finally:
-            self._kept = None
-
-    def discriminator_step(self, learn: Any, batch: Any) -> dict[str, Tensor]:
-        "D on real and on fake; no gradient reaches the generator."
-        real, labels = self.real_of(batch)
-        if self.reuse_forward and self.players[1].due(self.step):
-            thaw(self._frozen)  # this forward will be the generator's, too
-            fake, fake_labels = self.fake_of(len(real), labels)
-            freeze(self._frozen)
-            self._kept = (self.step, fake, fake_labels)
-        else:
-            with torch.no_grad():
-                fake, fake_labels = self.fake_of(len(real), labels)
-        r = Round(self.generator, self.discriminator, real, fake.detach(), labels, fake_labels)
-        r.real_logits = call(self.discriminator, r.real, labels)
-        r.fake_logits = call(self.discriminator, r.fake, fake_labels)
-        self.forward_done(r)
-        return {term.name: term.fn(r) for term in self.players[0].terms}
-
-    def generator_step(self, learn: Any, batch: Any) -> dict[str, Tensor]:
-        "G through the frozen D."
-        real, labels = self.real_of(batch)
-        if self._kept and self._kept[0] == self.step:
-            _, fake, fake_labels = self._kept
-        else:
-            fake, fake_labels = self.fake_of(len(real), labels)
-        r = Round(self.generator, self.discriminator, real, fake, labels, fake_labels)
-        r.fake_logits = call(self.discriminator, fake, fake_labels)
-        if self.needs_real:
-            r.real_logits = call(self.discriminator, real, labels)
-        self.forward_done(r)
-        return {term.name: term.fn(r) for term in self.players[1].terms}
-
-# %% ../../nbs/44_gan_learner.ipynb #fe44ad6f
-def adversarial(loss: Any, extra: Any, penalties: Any = (), discriminator: bool = False) -> list[Term]:
-    "The terms of one side; each takes a `Round`."
-    def on_round(r: Round) -> Tensor:
-        return loss.discriminator(r.real_logits, r.fake_logits) if discriminator else loss.generator(r.fake_logits, r.real_logits)
-
-    penalties = [penalties] if callable(penalties) else penalties
-    terms = [Term(p.name, lambda r, p=p: p(r.discriminator, r.real, r.fake, r.real_labels)) for p in penalties]
-    terms += as_terms(extra) if extra else []
-    return [Term("adversarial" if terms else "loss", on_round), *terms]
-
-# %% ../../nbs/44_gan_learner.ipynb #2313e584
-class Sampling(GANSteps):
-    "Looks at what the generator makes."
-
     n_samples: int
     _draws: torch.Generator  # seeds of samples
 
@@ -162,16 +117,149 @@ class Sampling(GANSteps):
         "Fakes for the same noise (and the labels 0, 1, 2 … in turn) at every call: what a sample grid shows."
         return self.sample(n or self.n_samples, seed=0)
 
+# %% ../../nbs/44_gan_learner.ipynb #2421069d
+class Draw(NamedTuple):
+    "Fakes, the labels they were made for, and the noise they were made from."
+
+    fake: Tensor
+    labels: Tensor | None = None
+    noise: Tensor | None = None
+
+
+class GANData(Sampling):
+    "Real samples from batches, fakes from noise."
+
+    discriminator: nn.Module
+    discriminator_labels: bool
+
+    def real_of(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+        "The real samples of a batch, and their labels when the learner uses labels."
+        inputs, _, targets = self.split(batch)
+        if self.labels == "none":
+            return inputs[0], None
+        if not targets:
+            raise ValueError(f"labels={self.labels!r} needs labelled batches (samples, labels)")
+        return inputs[0], targets[0]
+
+    def draw(self, n: int, labels: Tensor | None) -> Draw:
+        "Fresh fakes; `labels` are those of the batch."
+        if self.labels == "sampled":
+            labels = torch.randint(self.num_classes, (n,), device=self.device)
+        noise = self.latent(n, self.device)
+        return Draw(call(self.generator, noise, labels), labels, noise)
+
+    def fake_of(self, n: int, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        "Fresh fakes, with the labels they were made for."
+        return self.draw(n, labels)[:2]
+
+    def round_of(self, real: Tensor, labels: Tensor | None, draw: Draw) -> Round:
+        "A batch as nobody has judged it yet."
+        return Round(self.generator, self.discriminator, real, draw.fake, labels, draw.labels, noise=draw.noise)
+
+    def judge(self, r: Round, *kinds: str) -> Round:
+        "Fill in what the discriminator says of the round's samples, `kinds` in this order: 'real', 'fake'."
+        for kind in kinds:
+            labels = getattr(r, f"{kind}_labels") if self.discriminator_labels else None
+            logits, outputs = judgement(call(r.discriminator, getattr(r, kind), labels))
+            setattr(r, f"{kind}_logits", logits)
+            setattr(r, f"{kind}_outputs", outputs)
+        return r
+
+# %% ../../nbs/44_gan_learner.ipynb #75d7abb7
+class Fakes(GANData):
+    "Fakes for the discriminator's turn, which the generator's may take up."
+
+    reuse_forward: bool
+    _kept: Draw | None = None  # from the discriminator's turn in this batch, for the generator's
+
+    def _turns(self) -> None:
+        try:
+            super()._turns()
+        finally:
+            self._kept = None
+
+    def _fakes(self, n: int, labels: Tensor | None) -> Draw:
+        "Fakes to be told from real samples."
+        if self.reuse_forward and self.player_named("generator").due(self.step):
+            with self.thawed():  # this forward will be the generator's, too
+                self._kept = self.draw(n, labels)
+            return self._kept
+        with torch.no_grad():
+            return self.draw(n, labels)
+
+# %% ../../nbs/44_gan_learner.ipynb #88459526
+class GANSteps(Fakes):
+    "The two steps of a GAN."
+
+    needs_real: bool  # the generator's loss looks at the real logits, too (relativistic losses)
+
+    def discriminator_step(self, learn: Any, batch: Any) -> dict[str, Tensor]:
+        "D on real and on fake; no gradient reaches the generator."
+        real, labels = self.real_of(batch)
+        draw = self._fakes(len(real), labels)
+        r = self.judge(self.round_of(real, labels, draw._replace(fake=draw.fake.detach())), "real", "fake")
+        self.forward_done(r)
+        return {term.name: term.fn(r) for term in self.players[0].terms}
+
+    def generator_step(self, learn: Any, batch: Any) -> dict[str, Tensor]:
+        "G through the frozen D."
+        real, labels = self.real_of(batch)
+        r = self.round_of(real, labels, self._kept or self.draw(len(real), labels))
+        self.judge(r, "fake", *(["real"] if self.needs_real else []))
+        self.forward_done(r)
+        return {term.name: term.fn(r) for term in self.player_named("generator").terms}
+
+    def players_of(self, terms: dict[str, list[Term]], opts: dict[str, Any], every: dict[str, int]) -> list[Player]:
+        "The players, in the order of their turns."
+        steps = {"discriminator": self.discriminator_step, "generator": self.generator_step}
+        return [Player(name, self.moved(name), terms[name], opt=opts[name], every=every[name], step=step)
+                for name, step in steps.items()]  # fmt: skip
+
+    def moved(self, name: str) -> Any:
+        "What a player may change."
+        return getattr(self, name)
+
     def validation_step(self, batch: Any) -> dict[str, Tensor]:
         "Both players' adversarial losses on held-out samples."
         real, labels = self.real_of(batch)
-        fake, fake_labels = self.fake_of(len(real), labels)
-        r = Round(self.generator, self.discriminator, real, fake, labels, fake_labels,
-                  call(self.discriminator, real, labels), call(self.discriminator, fake, fake_labels))  # fmt: skip
+        r = self.judge(self.round_of(real, labels, self.draw(len(real), labels)), "real", "fake")
         return {player.name: player.terms[0].fn(r) for player in self.players}
 
+# %% ../../nbs/44_gan_learner.ipynb #fe44ad6f
+def wants_fake_labels(penalty: Any) -> bool:
+    "Does a penalty (of a lazy one: what is inside) take the fakes' labels, too?"
+    return "fake_labels" in inspect.signature(getattr(penalty, "penalty", penalty)).parameters
+
+
+def penalised(penalty: Any, labelled: bool = True) -> Callable[[Round], Tensor]:
+    "A penalty as a term; `labelled`: the discriminator takes labels."
+    fakes = wants_fake_labels(penalty)
+
+    def on_round(r: Round) -> Tensor:
+        net = logits_of(r.discriminator) if r.fake_outputs else r.discriminator
+        labels = [r.real_labels, *([r.fake_labels] if fakes else [])] if labelled else [None]
+        return penalty(net, r.real, r.fake, *labels)
+
+    return on_round
+
+
+def adversarial(
+    loss: GANLoss, extra: Any, penalties: Any = (), discriminator: bool = False, labelled: bool = True
+) -> list[Term]:
+    "The terms of one side; each takes a `Round`."
+    def on_round(r: Round) -> Tensor:
+        return loss.discriminator(r.real_logits, r.fake_logits) if discriminator else loss.generator(r.fake_logits, r.real_logits)
+
+    terms = [Term(p.name, penalised(p, labelled)) for p in as_list(penalties)] + (as_terms(extra) if extra else [])
+    return [Term("adversarial" if terms else "loss", on_round), *terms]
+
+
+def as_list(penalties: Any) -> list[Any]:
+    "Penalties in a list, also a single one."
+    return [penalties] if callable(penalties) else [*penalties]
+
 # %% ../../nbs/44_gan_learner.ipynb #9433fabb
-class GANLearner(Sampling):
+class GANLearner(GANSteps):
     "Trains a generator against a discriminator by alternating turns (Goodfellow et al. 2014)."
 
     cadences = {"generator": "n_critic", "discriminator": "n_gen"}  # what the numbers of batches are called
@@ -192,22 +280,23 @@ class GANLearner(Sampling):
         labels: str = "none",  # "none", "dataset": fakes for the batch's labels; "sampled": for labels drawn at random
         num_classes: int = 0,  # for "sampled"; the generator's own if it has one
         latent: Any = None,  # width of the noise, or a function (n, device) -> noise; the generator's own if it has one
+        discriminator_labels: bool = True,  # it takes labels, too; False: it tells them by itself (ACGAN)
         reuse_forward: bool = False,  # one forward of the generator serves both turns of a batch
+        updates: str = "alternating",  # or "simultaneous": both gradients are taken before anybody moves
         n_samples: int = 64,  # how many fakes on fixed noise are shown
         **learner: Any,  # anything else a Learner takes: cbs, run, metrics, device, seed …
     ):
         check_gan(n_critic, n_gen, labels, num_classes or getattr(generator, "num_classes", 0))
-        loss, opts = get_loss(loss), per_player(opt)
+        loss = find_loss(loss)
         self.generator, self.discriminator = generator, discriminator
-        self.needs_real = getattr(loss, "needs_real", False)
+        self.needs_real, self.discriminator_labels = getattr(loss, "needs_real", False), discriminator_labels
         self.labels, self.num_classes = labels, num_classes or getattr(generator, "num_classes", 0)
         self.latent, self.reuse_forward, self.n_samples = latent_of(latent, generator), reuse_forward, n_samples
-        d = Player("discriminator", discriminator, adversarial(loss, discriminator_terms, penalties, True),
-                   opt=opts["discriminator"], every=n_gen, step=self.discriminator_step)  # fmt: skip
-        g = Player("generator", generator, adversarial(loss, generator_terms),
-                   opt=opts["generator"], every=n_critic, step=self.generator_step)  # fmt: skip
-        learner["cbs"] = with_own(learner.pop("cbs", ()), [loss, *([penalties] if callable(penalties) else penalties)])
-        super().__init__([d, g], dls, **learner)
+        terms = {"discriminator": adversarial(loss, discriminator_terms, penalties, True, discriminator_labels),
+                 "generator": adversarial(loss, generator_terms)}  # fmt: skip
+        learner["cbs"] = with_own(learner.pop("cbs", ()), [loss, *as_list(penalties)])
+        players = self.players_of(terms, per_player(opt), {"discriminator": n_gen, "generator": n_critic})
+        super().__init__(players, dls, updates=updates, **learner)
         self._draws = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
 
 # %% ../../nbs/44_gan_learner.ipynb #c6c6713b
@@ -217,9 +306,8 @@ def with_own(cbs: Any, parts: list[Any]) -> list[Callback]:
     return given + [part for part in parts if isinstance(part, Callback) and all(part is not cb for cb in given)]
 
 
-def per_player(opt: Any) -> dict[str, Any]:
-    "What `opt` says for each of the two players; None takes the settings'."
-    names = ("generator", "discriminator")
+def per_player(opt: Any, names: Sequence[str] = ("generator", "discriminator")) -> dict[str, Any]:
+    "What `opt` says for each of the players; None takes the settings'."
     if isinstance(opt, Mapping) and opt and set(opt) <= set(names):
         return {name: opt.get(name) for name in names}
     if isinstance(opt, Mapping) and "name" not in opt:

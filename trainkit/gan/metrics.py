@@ -6,30 +6,51 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..data import describe
 from ..device import evaluating
 
 # %% auto #0
-__all__ = ['ScoreSums', 'classifier_score', 'class_probabilities', 'ClassifierScore']
+__all__ = ['Deal', 'ScoreSums', 'classifier_score', 'answers_of', 'class_probabilities', 'ClassifierScore']
+
+# %% ../../nbs/43_gan_metrics.ipynb #14052ab2
+class Deal:
+    "Deals a stream of samples out to `splits` parts: equal shares (to within one), in no pattern, the same at every start."
+
+    ROUNDS = 64  # drawn at once
+
+    def __init__(self, splits: int = 1) -> None:
+        self.splits, self.random = splits, torch.Generator().manual_seed(0)
+        self.ahead = torch.empty(0, dtype=torch.int64)  # parts of samples to come
+
+    def __call__(self, n: int) -> Tensor:  # (n,) int64
+        "The parts to which the next n samples belong."
+        while len(self.ahead) < n:
+            rounds = torch.rand(self.ROUNDS, self.splits, generator=self.random).argsort(1)
+            self.ahead = torch.cat([self.ahead, rounds.flatten()])
+        dealt, self.ahead = self.ahead[:n], self.ahead[n:]
+        return dealt
 
 # %% ../../nbs/43_gan_metrics.ipynb #56dfa7dc
 class ScoreSums:
-    "The sums that make classifier scores, for images dealt out to `splits` parts in turn; float64 on the CPU."
+    "The sums that make classifier scores, for images dealt out to `splits` parts; float64 on the CPU."
 
     def __init__(self, splits: int = 1) -> None:
         self.n = torch.zeros(splits, dtype=torch.float64)  # images of each split
         self.probs = torch.zeros(splits, 0, dtype=torch.float64)  # their sums of p(y|x); K is known after an `add`
         self.entropy = torch.zeros(splits, dtype=torch.float64)  # their sums of -Σ p log p
+        self.deal = Deal(splits)
 
     def add(self, probs: Tensor) -> None:
         "Add the class probabilities (B, K) of more images."
         splits, classes = len(self.n), probs.shape[1]
         if self.n.any() and self.probs.shape[1] != classes:
             raise ValueError(f"the classifier answers with {classes} classes, before with {self.probs.shape[1]}")
-        p, split = probs.double().cpu(), (torch.arange(len(probs)) + int(self.n.sum())) % splits
+        p, split = probs.double().cpu(), self.deal(len(probs))
         self.n += split.bincount(minlength=splits)
         self.probs = (self.probs if self.probs.numel() else p.new_zeros(splits, classes)).index_add(0, split, p)
         self.entropy.index_add_(0, split, torch.special.entr(p).sum(1))
@@ -51,6 +72,25 @@ def classifier_score(
     return sums.scores()[0]
 
 # %% ../../nbs/43_gan_metrics.ipynb #4b76c8fb
+def answers_of(
+    network: nn.Module,  # takes samples (B, …)
+    samples: Tensor,  # (N, …), on any device
+    batch_size: int = 256,  # how many samples the network sees at once
+    transform: Callable[[Tensor], Tensor] | None = None,  # from your samples to the network's, e.g. a resize
+) -> Tensor:  # (N, …), on the network's device
+    "What a network answers to samples: in eval mode, in its own precision, without gradients."
+    if not isinstance(samples, Tensor) or samples.ndim == 0:
+        raise TypeError(f"samples are a tensor (N, …); received {describe(samples)}")
+    weight = next(network.parameters(), samples)
+    answers = []
+    with evaluating(network), torch.autocast(weight.device.type, enabled=False):
+        for part in samples.detach().split(batch_size):
+            part = part.to(weight.device)
+            part = part if transform is None else transform(part)
+            answers.append(network(part.to(weight.dtype) if part.is_floating_point() else part))
+    return torch.cat(answers)
+
+# %% ../../nbs/43_gan_metrics.ipynb #5caac7c6
 def class_probabilities(
     classifier: nn.Module,  # images (B, …) to logits (B, K)
     images: Tensor,  # (N, …), on any device
@@ -58,15 +98,10 @@ def class_probabilities(
     transform: Callable[[Tensor], Tensor] | None = None,  # from your images to the classifier's, e.g. a resize
 ) -> Tensor:  # (N, K) float64, on the classifier's device
     "What a classifier thinks of images: softmax of its logits, in eval mode and without gradients."
-    weight = next(classifier.parameters(), images)
-    answers = []
-    with evaluating(classifier):
-        for part in images.detach().split(batch_size):
-            part = part.to(weight.device)
-            answers.append(classifier(part if transform is None else transform(part)))
-    if answers[0].ndim != 2:
-        raise ValueError(f"the classifier's answer has shape {tuple(answers[0].shape)}; expected (images, classes)")
-    return torch.cat(answers).double().softmax(1)
+    logits = answers_of(classifier, images, batch_size, transform)
+    if logits.ndim != 2:
+        raise ValueError(f"the classifier's answer has shape {tuple(logits.shape)}; expected (images, classes)")
+    return logits.double().softmax(1)
 
 # %% ../../nbs/43_gan_metrics.ipynb #f415a2a9
 class ClassifierScore:
@@ -88,8 +123,8 @@ class ClassifierScore:
         "Forget all images."
         self.sums = ScoreSums(self.splits)
 
-    def update(self, images: Tensor) -> None:
-        "Add a batch of images (B, …), on any device."
+    def update(self, images: Tensor, *targets: Any) -> None:
+        "Add a batch of images (B, …), on any device; targets are not looked at."
         if len(images):
             self.sums.add(class_probabilities(self.classifier, images, self.batch_size, self.transform))
 

@@ -5,36 +5,41 @@
 # %% ../../nbs/42_gan_models.ipynb #d028e43e
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['up_block', 'down_block', 'doublings', 'dcgan_init', 'join_labels', 'DCGANGenerator', 'DCGANDiscriminator']
+__all__ = ['Norm', 'up_block', 'down_block', 'doublings', 'near', 'check_sides', 'dcgan_init', 'check_labels', 'join_labels',
+           'LatentGenerator', 'DCGANGenerator', 'check_images', 'DCGANDiscriminator']
 
 # %% ../../nbs/42_gan_models.ipynb #4a32b375
+Norm = Callable[[int], nn.Module]  # a number of channels to their normalisation
+
+
 def up_block(
     in_channels: int,
     out_channels: int,
     first: bool = False,  # True: 1×1 to 4×4; False: twice the side
-    batchnorm: bool = True,
+    norm: Norm | None = nn.BatchNorm2d,
 ) -> nn.Sequential:
-    "One step up: transposed 4×4 convolution, batch normalisation, ReLU; (B, in, S, S) to (B, out, 2S, 2S)."
+    "One step up: transposed 4×4 convolution, normalisation, ReLU; (B, in, S, S) to (B, out, 2S, 2S)."
     stride, padding = (1, 0) if first else (2, 1)
-    conv = nn.ConvTranspose2d(in_channels, out_channels, 4, stride, padding, bias=not batchnorm)
-    return nn.Sequential(conv, *([nn.BatchNorm2d(out_channels)] if batchnorm else []), nn.ReLU(inplace=True))
+    conv = nn.ConvTranspose2d(in_channels, out_channels, 4, stride, padding, bias=norm is None)
+    return nn.Sequential(conv, *([norm(out_channels)] if norm else []), nn.ReLU(inplace=True))
 
 # %% ../../nbs/42_gan_models.ipynb #40b782c8
 def down_block(
     in_channels: int,
     out_channels: int,
-    batchnorm: bool = True,
+    norm: Norm | None = nn.BatchNorm2d,
+    stride: int = 2,  # 1: the side shrinks by one pixel, not to its half
 ) -> nn.Sequential:
-    "One step down: 4×4 convolution of stride 2, batch normalisation, leaky ReLU; (B, in, S, S) to (B, out, S/2, S/2)."
-    conv = nn.Conv2d(in_channels, out_channels, 4, 2, 1, bias=not batchnorm)
-    norm = [nn.BatchNorm2d(out_channels)] if batchnorm else []
-    return nn.Sequential(conv, *norm, nn.LeakyReLU(0.2, inplace=True))
+    "One step down: 4×4 convolution, normalisation, leaky ReLU; (B, in, S, S) to (B, out, S/2, S/2)."
+    conv = nn.Conv2d(in_channels, out_channels, 4, stride, 1, bias=norm is None)
+    return nn.Sequential(conv, *([norm(out_channels)] if norm else []), nn.LeakyReLU(0.2, inplace=True))
 
 # %% ../../nbs/42_gan_models.ipynb #914dc535
 def doublings(
@@ -45,6 +50,36 @@ def doublings(
         below = 1 << max(4, int(size).bit_length() - 1)
         raise ValueError(f"image size {size!r} is not a power of two from 16; near it: {below} and {2 * below}")
     return size.bit_length() - 3
+
+# %% ../../nbs/42_gan_models.ipynb #89bf1efb
+def near(
+    value: object,  # what was asked for
+    accepted: Collection[int],
+) -> str:
+    "The accepted numbers, for an error's text, and which of them are nearest."
+    closest = sorted(sorted(accepted, key=lambda n: abs(n - value))[:2]) if isinstance(value, (int, float)) else []
+    listed = f"accepted are {', '.join(map(str, accepted))}"
+    return f"{listed}; near it: {' and '.join(map(str, closest))}" if closest else listed
+
+# %% ../../nbs/42_gan_models.ipynb #4a25b1df
+def check_sides(
+    x: Tensor,  # images (B, C, H, W)
+    channels: int,  # the C that is expected
+    multiple: int,  # of what H and W must be multiples
+    name: str,  # of the network, for its errors
+    least: int = 0,  # the smallest side; 0: one multiple
+) -> None:
+    "ValueError for images whose height or width a fully convolutional network can't take, with the sizes near it."
+    if x.ndim != 4 or x.shape[1] != channels:
+        raise ValueError(f"images have shape {tuple(x.shape)}; {name} expects (batch, {channels}, height, width)")
+    least = max(least, multiple)
+    for side, n in zip(("height", "width"), x.shape[2:]):
+        if n < least and multiple == 1:
+            raise ValueError(f"{name}: {side} {n} is too small; accepted are sides from {least}")
+        if n % multiple or n < least:
+            below = max(least, n // multiple * multiple)
+            raise ValueError(f"{name}: {side} {n} is not a multiple of {multiple} from {least}; near it: {below} and "
+                             f"{below + multiple}")
 
 # %% ../../nbs/42_gan_models.ipynb #56171802
 @torch.no_grad()
@@ -59,6 +94,21 @@ def dcgan_init(
             nn.init.zeros_(module.bias)
 
 # %% ../../nbs/42_gan_models.ipynb #c1b1d5b7
+def check_labels(
+    labels: Tensor | None,  # int64 (n,), exactly when there are classes
+    n: int,  # how many samples there are
+    num_classes: int,  # 0: the network has none
+    name: str,  # of the network, for its errors
+) -> None:
+    "ValueError when labels are missing, not expected, or not one integer for each sample."
+    if labels is None and num_classes:
+        raise ValueError(f"{name} was built with num_classes={num_classes} and needs labels")
+    if labels is not None and not num_classes:
+        raise ValueError(f"{name} was built without classes but got labels; build it with num_classes=…")
+    if labels is not None and (labels.shape != (n,) or labels.is_floating_point()):
+        raise ValueError(f"{name} needs integer labels of shape ({n},), got {tuple(labels.shape)} {labels.dtype}")
+
+# %% ../../nbs/42_gan_models.ipynb #f905fe31
 def join_labels(
     x: Tensor,  # (B, C, H, W): an image, or noise as an image of one pixel
     labels: Tensor | None,  # int64 (B,), exactly when there is an embedding
@@ -66,19 +116,47 @@ def join_labels(
     name: str,  # of the network, for its errors
 ) -> Tensor:  # (B, C + K, H, W); without an embedding, x itself
     "Append each sample's label vector to its channels, the same at every pixel; Mirza & Osindero 2014."
-    if embed is None and labels is None:
+    check_labels(labels, len(x), embed.num_embeddings if embed else 0, name)
+    if embed is None or labels is None:
         return x
-    if embed is None:
-        raise ValueError(f"{name} was built without classes but got labels; build it with num_classes=…")
-    if labels is None:
-        raise ValueError(f"{name} was built with num_classes={embed.num_embeddings} and needs labels")
-    if labels.shape != x.shape[:1] or labels.is_floating_point():
-        raise ValueError(f"{name} needs integer labels of shape ({len(x)},), got {tuple(labels.shape)} {labels.dtype}")
     planes = embed(labels)[:, :, None, None].expand(-1, -1, *x.shape[2:])
     return torch.cat([x, planes.to(x.dtype)], dim=1)
 
+# %% ../../nbs/42_gan_models.ipynb #23cf5922
+class LatentGenerator(nn.Module):
+    "A generator that starts from noise (B, latent_dim)."
+
+    def __init__(
+        self,
+        latent_dim: int,  # length of the noise vector
+        num_classes: int = 0,  # 0: no labels
+    ) -> None:
+        super().__init__()
+        self.latent_dim, self.num_classes = latent_dim, num_classes
+
+    def checked(self, z: Tensor) -> Tensor:
+        "The noise itself; ValueError when it isn't (B, latent_dim)."
+        if z.ndim != 2 or z.shape[1] != self.latent_dim:
+            raise ValueError(f"noise has shape {tuple(z.shape)}; expected (batch, {self.latent_dim})")
+        return z
+
+    def draw(self, n: int, device: torch.device | str, generator: torch.Generator | None) -> Tensor:
+        "(n, latent_dim) from N(0, 1)."
+        return torch.randn(n, self.latent_dim, device=device, generator=generator)
+
+    def sample_latent(
+        self,
+        n: int,  # how many vectors
+        device: torch.device | str | None = None,  # default: where the weights are
+        generator: torch.Generator | None = None,  # a random state of your own; default: torch's
+    ) -> Tensor:  # (n, latent_dim)
+        "Noise. With a `generator`, drawn on its device and moved, so one seed gives one noise everywhere."
+        device = next(self.parameters()).device if device is None else device
+        source = device if generator is None else generator.device
+        return self.draw(n, source, generator).to(device)
+
 # %% ../../nbs/42_gan_models.ipynb #f829fb72
-class DCGANGenerator(nn.Module):
+class DCGANGenerator(LatentGenerator):
     "DCGAN's generator: noise (B, latent_dim) to images (B, out_channels, out_size, out_size) in [-1, 1]."
 
     def __init__(
@@ -90,12 +168,12 @@ class DCGANGenerator(nn.Module):
         num_classes: int = 0,  # 0: no labels; K: a conditional generator of K classes
         batchnorm: bool = True,
     ) -> None:
-        super().__init__()
-        self.latent_dim, self.num_classes = latent_dim, num_classes
+        super().__init__(latent_dim, num_classes)
+        norm = nn.BatchNorm2d if batchnorm else None
         self.embed = nn.Embedding(num_classes, num_classes) if num_classes else None
         widths = [channels << i for i in reversed(range(doublings(out_size)))]
-        blocks = [up_block(latent_dim + num_classes, widths[0], first=True, batchnorm=batchnorm)]
-        blocks += [up_block(i, o, batchnorm=batchnorm) for i, o in pairwise(widths)]
+        blocks = [up_block(latent_dim + num_classes, widths[0], first=True, norm=norm)]
+        blocks += [up_block(i, o, norm=norm) for i, o in pairwise(widths)]
         self.blocks = nn.Sequential(*blocks)
         self.to_image = nn.Sequential(nn.ConvTranspose2d(widths[-1], out_channels, 4, 2, 1), nn.Tanh())
         self.apply(dcgan_init)
@@ -105,22 +183,20 @@ class DCGANGenerator(nn.Module):
         z: Tensor,  # noise (B, latent_dim)
         labels: Tensor | None = None,  # int64 (B,), exactly when there are classes
     ) -> Tensor:
-        if z.ndim != 2 or z.shape[1] != self.latent_dim:
-            raise ValueError(f"noise has shape {tuple(z.shape)}; expected (batch, {self.latent_dim})")
-        return self.to_image(self.blocks(join_labels(z[:, :, None, None], labels, self.embed, type(self).__name__)))
-
-    def sample_latent(
-        self,
-        n: int,  # how many vectors
-        device: torch.device | str | None = None,  # default: where the weights are
-        generator: torch.Generator | None = None,  # a random state of your own; default: torch's
-    ) -> Tensor:  # (n, latent_dim)
-        "Noise from N(0, 1). With a `generator`, drawn on its device and moved, so one seed gives one noise everywhere."
-        device = next(self.parameters()).device if device is None else device
-        source = device if generator is None else generator.device
-        return torch.randn(n, self.latent_dim, device=source, generator=generator).to(device)
+        z = self.checked(z)[:, :, None, None]
+        return self.to_image(self.blocks(join_labels(z, labels, self.embed, type(self).__name__)))
 
 # %% ../../nbs/42_gan_models.ipynb #612577fb
+def check_images(
+    x: Tensor,  # images (B, C, H, W)
+    image_shape: tuple[int, int, int],  # the (C, H, W) that is expected
+) -> Tensor:  # x itself
+    "ValueError for images of another shape."
+    if x.shape[1:] != image_shape:
+        raise ValueError(f"images have shape {tuple(x.shape)}; expected (batch, {str(image_shape)[1:]}")
+    return x
+
+# %% ../../nbs/42_gan_models.ipynb #02ddc3f1
 class DCGANDiscriminator(nn.Module):
     "DCGAN's discriminator: images (B, in_channels, in_size, in_size) to logits (B,)."
 
@@ -136,8 +212,8 @@ class DCGANDiscriminator(nn.Module):
         self.image_shape, self.num_classes = (in_channels, in_size, in_size), num_classes
         self.embed = nn.Embedding(num_classes, num_classes) if num_classes else None
         widths = [channels << i for i in range(doublings(in_size))]
-        blocks = [down_block(in_channels + num_classes, widths[0], batchnorm=False)]
-        blocks += [down_block(i, o, batchnorm) for i, o in pairwise(widths)]
+        blocks = [down_block(in_channels + num_classes, widths[0], norm=None)]
+        blocks += [down_block(i, o, nn.BatchNorm2d if batchnorm else None) for i, o in pairwise(widths)]
         self.blocks = nn.Sequential(*blocks)
         self.to_logit = nn.Conv2d(widths[-1], 1, 4, bias=False)
         self.apply(dcgan_init)
@@ -148,9 +224,7 @@ class DCGANDiscriminator(nn.Module):
         labels: Tensor | None = None,  # int64 (B,), exactly when there are classes
     ) -> Tensor:
         "The last feature map, (B, channels · in_size/8, 4, 4)."
-        if x.shape[1:] != self.image_shape:
-            raise ValueError(f"images have shape {tuple(x.shape)}; expected (batch, {str(self.image_shape)[1:]}")
-        return self.blocks(join_labels(x, labels, self.embed, type(self).__name__))
+        return self.blocks(join_labels(check_images(x, self.image_shape), labels, self.embed, type(self).__name__))
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         return self.to_logit(self.features(x, labels)).flatten()

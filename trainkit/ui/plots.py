@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLOURS', 'bucket_size', 'decimate', 'neighbour_sums', 'local_lines', 'trend', 'panel_of', 'panels_of', 'label_of',
            'labels_of', 'owner_of', 'colours_of', 'is_noisy', 'Ways', 'pale', 'Curve', 'Ghosts', 'view_limits', 'short',
-           'Panel', 'marks_to_draw', 'apart', 'MarkLines', 'box', 'Plot', 'plot_history', 'Curves']
+           'Panel', 'box', 'Plot', 'plot_history', 'Curves']
 
 # %% ../../nbs/51_ui_plots.ipynb #7c4e6b13
 import math
@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from ..forks import Scalars, Tail, parts
-from ..history import History, Mark, Snapshot
+from ..history import History, Snapshot
+from .marks import MarkLines, marks_to_draw
 from .progress import digits, is_batchwise, recent
 from .view import Budget, LivePicture, PictureView, has_dashboard, quietly, save_png
 
@@ -222,7 +223,7 @@ class Curve:
     def __init__(self, ax: Any, name: str, colour: str, smooth: float):  # axes, series, colour, weight in the trend
         self.name, self.smooth, self.rate = name, smooth, name.startswith("lr/")
         style = dict(lw=1.6, solid_capstyle="round", drawstyle="steps-post" if self.rate else "default", markersize=3.5)
-        self.raw, = ax.plot([], [], color=colour, lw=0.8, alpha=0.3)
+        self.raw, = ax.plot([], [], color=colour, lw=0.8, alpha=0.3, zorder=1.8)  # under the names of marks
         self.past, = ax.plot([], [], color=pale(colour), **style)
         self.line, = ax.plot([], [], color=colour, **style)
 
@@ -312,7 +313,7 @@ class Panel:
                  smooth: float):
         self.ax, self.labels, self.log, self._positive = ax, labels, log, False
         self.curves, self.ghosts = [Curve(ax, name, colour, smooth) for name, colour in colours.items()], Ghosts(ax)
-        ax.set_title(title, loc="left", y=1.0, fontsize=9.5, fontweight="bold", color="#333333")
+        ax.set_title(title, loc="left", y=1.0, fontsize=9.5, fontweight="bold", color="#333333", parse_math=False)
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(axis="y", color="#e6e6e6", lw=0.7)
         ax.tick_params(which="both", labelsize=8, colors="#555555", length=3)
@@ -345,64 +346,9 @@ class Panel:
         seen = [c.update(steps, values, last, positive, ways.begin) for c, (steps, values) in zip(self.curves, mine)]
         self.ghosts.update(self.curves, ways, scalars, positive)
         for (name, label), series, text in zip(self.labels.items(), mine, self.legend.get_texts()):
-            text.set_text(f"{label} {digits(recent(name, *series))}")
+            text.set(text=f"{label} {digits(recent(name, *series))}", parse_math=False)  # a "$" in a name is a "$"
         self.ax.set_ylim(*view_limits(np.concatenate([*seen, self.ghosts.values]), positive))
         self.ax.set_xlim(first, end + max(1, 0.02 * (end - first)))
-
-# %% ../../nbs/51_ui_plots.ipynb #9b2d1838
-def marks_to_draw(
-    marks: Sequence[Mark],  # of a history
-    most: int = 30,  # lines of a kind; more would be a fence
-    labels: int = 6,  # names, of the newest; checkpoints are left out when there are more
-) -> tuple[list[int], list[tuple[int, str]]]:
-    "Steps of epoch ends, and (step, name) of what was done; only the newest have names."
-    epochs = [m.step for m in marks if m.kind == "epoch"]
-    done = [m for m in marks if m.kind not in ("epoch", "fit")]
-    if len(done) > labels: done = [m for m in done if m.kind != "checkpoint"]
-    names: dict[int, list[str]] = {}
-    for m in done: names.setdefault(m.step, []).append(m.text if m.kind in ("command", "note") and m.text else m.kind)
-    named = [(step, ", ".join(dict.fromkeys(kinds))) for step, kinds in list(names.items())[-most:]]
-    old = len(named) - labels
-    return epochs if len(epochs) <= most else [], [(s, name if i >= old else "") for i, (s, name) in enumerate(named)]
-
-
-def apart(
-    done: Sequence[tuple[int, str]],  # steps and names, in order
-    least: float,  # steps between two names
-) -> list[tuple[int, str]]:
-    "The same, without the names that stand too near to the next one."
-    out, after = list[tuple[int, str]](), math.inf
-    for step, name in reversed(done):
-        if after - step < least: name = ""
-        if name: after = step
-        out.append((step, name))
-    return out[::-1]
-
-# %% ../../nbs/51_ui_plots.ipynb #b1ad8a80
-class MarkLines:
-    "The marks of one panel."
-
-    def __init__(self, ax: Any, names: bool):  # axes; write the names as well
-        self.ax, self.names, self._texts = ax, names, list[Any]()
-        self._shown: Any = None
-        across = ax.get_xaxis_transform()
-        self.epochs = ax.vlines([], 0, 1, colors="#e0e0e0", lw=0.8, zorder=0, transform=across)
-        self.done = ax.vlines([], 0, 1, colors="#888888", lw=0.8, ls=(0, (3, 2)), zorder=0, transform=across)
-
-    def update(self, marks: Sequence[Mark]) -> None:
-        "Draw these marks."
-        (epochs, done), (low, high) = marks_to_draw(marks), self.ax.get_xlim()
-        done = apart(done, 0.03 * (high - low))
-        left = low + 0.06 * (high - low)  # names left of these lines would be outside
-        sides = ["left" if x < left else "right" for x, _ in done]
-        if (epochs, done, sides) == self._shown: return
-        self._shown = epochs, done, sides
-        self.epochs.set_segments([[(x, 0), (x, 1)] for x in epochs])
-        self.done.set_segments([[(x, 0), (x, 1)] for x, _ in done])
-        for text in self._texts: text.remove()
-        style: dict[str, Any] = dict(rotation=90, va="bottom", fontsize=7, color="#666666", clip_on=True)
-        self._texts = [self.ax.text(x, 0.02, name, ha=side, transform=self.ax.get_xaxis_transform(), **style)
-                       for (x, name), side in zip(done, sides) if name and self.names]
 
 # %% ../../nbs/51_ui_plots.ipynb #8a15deed
 def box(
@@ -444,7 +390,7 @@ class Plot:
 
     def update(self, snapshot: Snapshot) -> None:
         "Draw what the history holds."
-        scalars = snapshot.scalars
+        scalars, marks = snapshot.scalars, marks_to_draw(snapshot.marks)
         shown = list(panels_of(scalars, self.names).items())[: self.most]
         layout = {panel: labels_of(names, scalars) for panel, names in shown}
         if layout != self._layout: self._build(layout)
@@ -455,7 +401,7 @@ class Plot:
         end = max(last, self.ways.end([n for labels in layout.values() for n in labels]))
         for panel, lines in self.panels:
             panel.update(scalars, self.ways, first if first > 1 else 0, last, end)
-            lines.update(snapshot.marks)
+            lines.update(*marks)
 
     def pixels(self, dpi: int = 100) -> np.ndarray:
         "The figure as uint8 array, height x width x 3."
