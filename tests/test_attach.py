@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from steered import end, train, until
 
-import trainkit.attached
+import trainkit
 from trainkit.attached import Attached, Refused, as_control, attach, find_run
+from trainkit.checkpoint import CheckpointError, Checkpoints
 from trainkit.commands import COMMANDS
 from trainkit.controls import Control
 from trainkit.followed import FollowedHistory
@@ -26,7 +27,7 @@ class Training:
     "A thread that takes commands, in a folder; `hold` keeps it from looking."
 
     def __init__(self, run):
-        self.run, self.step, self.taken = Path(run), 0, []
+        self.run, self.step, self.taken, self.says = Path(run), 0, [], lambda: ""
         self.journal, self.hold, self._stop = Journal(self.run / "journal.jsonl"), threading.Event(), threading.Event()
         self.mail = Mailbox(run, self.send, self.refuse, lambda: {"state": "training", "step": self.step, "paused": False})
         self.mail.every = 0.002
@@ -42,7 +43,9 @@ class Training:
         if command.name == "sample":
             raise ValueError("this learner draws no samples")
         self.taken.append(command)
-        command.done(self.entry(command, old=1.0, new=command.values.get("value", 2.0)))
+        told = {"save": self.says, "validate": self.says, "restore": lambda: "7 (step 7)"}
+        new = told.get(command.name, lambda: command.values.get("value", 2.0))()
+        command.done(self.entry(command, old=1.0, new=new))
 
     def refuse(self, command, reason):
         self.entry(command, error=reason)
@@ -76,17 +79,21 @@ def test_a_script_is_attached_to(tmp_path):
         assert first.history.scalars["train/loss"][0].tolist() == [*range(1, step + 1)]
         drawn = first.history.version
         saved = first.save("from a notebook")
+        assert (saved.step, saved.info["note"], saved.pinned) == (step, "from a notebook", True) and saved.path.exists()
+        assert [entry.id for entry in second.checkpoints] == [saved.id]
         changed = second.set("lr", 0.01)
         assert changed.wait(30) == 0.01 and (changed.answer.old, changed.answer.step) == (1e-3, step)
-        saved.wait(30)
-        until(lambda: [entry.info["note"] for entry in second.checkpoints] == ["from a notebook"])  # written behind the training
+        found = second.validate()
+        steps, losses = first.history.scalars["valid/loss"]
+        assert (found, steps[-1]) == ({"valid/loss": losses[-1]}, step)
+        assert second.journal.entries[-1].new == f"valid/loss {losses[-1]:.4g}" != f"valid/loss {losses[-1]}"  # this is rounded
         with pytest.raises(Refused, match="nobody draws samples"):
             first.sample().wait(30)
         second.step_once(2).wait(30)
         until(lambda: first.status()["step"] == step + 2 and first.paused)
         assert first.history.version > drawn and first.history.scalars["train/loss"][0][-1] == step + 2
         assert "lr: 0.001 → 0.01" in [mark.text for mark in first.history.marks if mark.kind == "command"][0]
-        first.restore("last").wait(30)
+        assert first.restore(saved) == first.restore() == first.restore(step) == saved
         until(lambda: second.history.scalars["train/loss"][0][-1] == step)
         until(lambda: second.status()["step"] == step)
         assert second.history.tails
@@ -104,12 +111,87 @@ def test_a_script_is_attached_to(tmp_path):
 
 def test_the_methods_are_those_of_a_learner():
     for name in ["send", *("step_once" if name == "step" else name for name in COMMANDS)]:
-        mine = inspect.signature(getattr(Attached, name)).parameters
-        theirs = inspect.signature(getattr(Learner, name, Learner.note)).parameters
-        if name not in ("sample", "validate", "restore", "save", "send"):  # these are more between two fits
-            assert [(p, v.default) for p, v in mine.items()] == [(p, v.default) for p, v in theirs.items()], name
+        mine, theirs = (inspect.signature(getattr(kind, name)) for kind in (Attached, Learner))
+        shared = [p for p in theirs.parameters if p in mine.parameters]
+        if name not in ("validate", "restore", "save", "send"):  # these take more between two fits
+            assert [*mine.parameters] == [*theirs.parameters], name
+        for p in set(shared) - {"source"}:  # who asks is another one
+            here, there = mine.parameters[p], theirs.parameters[p]
+            assert (here.kind, here.default) == (there.kind, there.default) or (name, here.kind) == ("send", here.POSITIONAL_ONLY)
+        if name in ("pause", "resume", "step_once", "set", "release", "undo", "note", "validate"):
+            assert mine.return_annotation == theirs.return_annotation, name
     for name in "status", "controls", "journal", "history", "checkpoints", "state", "paused", "run":
         assert hasattr(Attached, name) or name == "run"
+
+
+def test_what_is_saved_is_waited_for_but_not_for_ever(tmp_path):
+    with Training(tmp_path) as run:
+        there = attach(tmp_path)
+        there.patience = 0.2
+        run.says = lambda: "7-1"  # and no file comes
+        with pytest.raises(CheckpointError, match="7-1"):
+            there.save()
+        there.patience = 30
+        run.says = lambda: threading.Timer(0.1, lambda: saved.append(store.save({}, 7, {"note": "late"}))).start() or "7"
+        store, saved = Checkpoints(tmp_path / "checkpoints"), []
+        mine = there.save("late")
+        assert until(lambda: saved) == [mine] and mine.id == "7"
+        assert there.restore("7") == saved[0]
+    with pytest.raises(NotListening):
+        there.save()
+
+
+def test_what_was_found_has_all_its_digits_if_the_run_still_has_them(tmp_path):
+    history = History(tmp_path / "history.jsonl")
+    with Training(tmp_path) as run:
+        def validated():
+            for step in run.step - 1, run.step:
+                for name, value in ("valid/loss", step / 3), ("valid.other/a b", step / 7): history.add(name, value, step)
+            history.flush()
+            return f"valid/loss {run.step / 3:.4g}, valid.other/a b {run.step / 7:.4g}, valid/gone 1.5, valid/odd nan"
+
+        run.step, run.says, there = 10_000, validated, attach(tmp_path)
+        found = there.validate()
+        step = there.journal.entries[-1].step
+        assert str(found.pop("valid/odd")) == "nan"
+        assert found == {"valid/loss": step / 3, "valid.other/a b": step / 7, "valid/gone": 1.5} and step > 10_000
+        run.says = lambda: ""  # cut short by a callback
+        assert there.validate() == {}
+
+
+# --- waiting for a run ------------------------------------------------------------------------------------------------
+
+def test_attaching_waits_for_a_run_that_is_yet_to_begin(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "settings.ini").write_text("[trainkit]\nruns = all\n")
+    process, made = None, []
+
+    def begin():
+        made.append(not (tmp_path / "all").exists())
+        (tmp_path / "all" / "late").mkdir(parents=True)
+        write_status(tmp_path / "all" / "late", {"state": "stopped", "step": 3, "listening": False})  # the day before
+        time.sleep(0.1)
+        made.append("stopped")
+        with Training(tmp_path / "all" / "late"): over.wait(30)
+
+    over, process = threading.Event(), threading.Thread(target=lambda: (time.sleep(0.1), begin()))
+    process.start()
+    try:
+        there = trainkit.attach("late", wait=30)
+        assert made == [True, "stopped"] and there.state == "training" and there.run == Path("all/late")
+        there.pause().wait(30)
+        assert trainkit.attach("late", 0).run == there.run  # who is there already isn't waited for
+    finally:
+        over.set()
+        process.join()
+    with pytest.raises(TimeoutError, match=r"within 0.1 s: in all.late, no fit is running \(training at step"):
+        trainkit.attach("late", wait=0.1)
+    with pytest.raises(TimeoutError, match="within 0 s: no run lies in all.lat or lat; in all there is: none"):
+        trainkit.attach("lat", wait=0)
+    for wrong in -1, float("nan"):
+        with pytest.raises(ValueError, match="wait takes seconds >= 0; received"):
+            attach("late", wait=wrong)
+    assert attach("late").silence  # without wait, it is taken as it is
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -287,4 +369,3 @@ def test_a_control_comes_back_as_it_left():
     lr = Control("lr", "g", (0.1, 0.2), ("a", "b"), 0.0, float("inf"), (1e-4, 1.0), True, scheduled=True, held={"times": 0.5})
     for control in (lr, Control("every", "", (3,), ("every",), 1.0, 9.0, (1.0, 9.0), whole=True)):
         assert as_control(json.loads(json.dumps(strict(control)))) == control
-    assert trainkit.attached.attach is attach

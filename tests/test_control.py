@@ -75,16 +75,29 @@ def steer(run, control, step):
     "What a terminal can ask of a run that is paused at this step."
     assert control("set", "lr=1e-4") == f"done at step {step}: lr: 0.001 → 0.0001"
     assert "unknown knob 'learning_rate'" in control("set", "learning_rate=1", status=REFUSED)
-    assert control("step", "3").startswith(f"done at step {step}")
-    until(lambda: read_status(run)["step"] == step + 3 and read_status(run)["paused"])
+    assert control("step", "3") == f"done at step {step}: step n=3; it holds at step {step + 3}"
+    assert read_status(run)["step"] == step + 3 and read_status(run)["state"] == "paused"
     assert f"done at step {step + 3}: save" in control("save", "before", "the", "experiment")
     control("set", "lr*=0.5")
-    control("step")
-    until(lambda: read_status(run)["step"] == step + 4 and read_status(run)["paused"])
+    assert control("step", "--no-wait").startswith("sent; its answer will have the id")
+    until(lambda: read_status(run)["step"] == step + 4 and read_status(run)["state"] == "paused")
     assert "lr of model = 0.0005" in control("status")
     assert f"(step {step + 3})" in control("restore", "last")
     assert "valid/loss" in control("validate")
+    stepping(run, control)
     assert json.loads(control("note", "half way", "--json"))["what"] == "note"
+
+
+def stepping(run, control):
+    "Steps that take longer than one waits, and that somebody else cuts short."
+    assert "the steps are not made yet: it is at step" in control("step", "1000000", "--timeout", "0.5", status=UNANSWERED)
+    waiting = subprocess.Popen([*CONTROL, run, "step", "1000000", "--json"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    until(lambda: [e.what for e in Journal.read(run / "journal.jsonl").entries[-2:]] == ["step", "step"])
+    assert waiting.poll() is None
+    control("pause")
+    told = json.loads(waiting.communicate(timeout=30)[0])
+    assert (told["what"], told["end"], waiting.returncode) == ("step", f"it holds at step {read_status(run)['step']}", DONE)
+    control("restore", "last")
 
 
 def killed_while_asked(process, run):
@@ -121,6 +134,7 @@ def stopped(process, run, control):
     ("step --n 3 --json", ("step", {"n": 3})),
     ("stop --after epoch", ("stop", {"after": "epoch"})),
     ("set lr=1e-4 player=d", ("set", {"name": "lr", "player": "d", "value": 1e-4, "times": None})),
+    ("step --wait", ("step", {"n": 1})),
     ("set --no-wait 'lr*=0.5' --player g", ("set", {"name": "lr", "player": "g", "value": None, "times": 0.5})),
     ("set weights.fit=-2", ("set", {"name": "weights.fit", "player": None, "value": -2.0, "times": None})),
     ("release lr", ("release", {"name": "lr", "player": None})),
@@ -262,6 +276,11 @@ def test_a_reader_that_has_seen_enough_is_no_error(listening):
 
 
 # --- what is shown ----------------------------------------------------------------------------------------------------
+
+def test_a_status_says_how_an_interrupted_fit_goes_on():
+    line = "interrupted at step 9 (epoch 2 of 3), saved as 9; learn.fit() goes on"
+    assert report({"state": "interrupted", "step": 9, "ending": line}).splitlines()[1:] == [f"  {line}"]
+
 
 @pytest.mark.parametrize("status", [
     {},

@@ -262,7 +262,15 @@ def test_commands_are_shown_at_once(cells, monkeypatch):
     time.sleep(0.6)
     assert board.live.stage.curves.value == first
     run.history.mark("command", 7, "lr 0.1 → 0.01")
-    run.state = "paused"
+    run.state, run.command, words = "paused", NS(what="set"), board.live.drawing.words
+    words.next = math.inf  # else they come by themselves
+    run.emit("after_command")
+    for _ in range(100):
+        if ">paused<" in board.live.stage.head.value: break
+        time.sleep(0.02)
+    time.sleep(0.6)
+    assert ">paused<" in board.live.stage.head.value and board.live.stage.curves.value == first  # a slider says it often
+    words.next, run.command = math.inf, NS(what="validate")
     run.emit("after_command")
     for _ in range(100):
         if board.live.stage.curves.value != first and ">paused<" in board.live.stage.head.value: break

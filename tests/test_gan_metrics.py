@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from trainkit.gan.metrics import ClassifierScore, Deal, answers_of, classifier_score, evaluating
+from trainkit.device import evaluating
+from trainkit.gan.estimates import Deal
+from trainkit.gan.metrics import ClassifierScore, answers_of, classifier_score
 
 
 def papers_formula(p):

@@ -109,9 +109,10 @@ def dials(panel): return {(key[1], key[0]): dial for key, dial in panel.view.dec
 
 
 def offered(panel):
-    "Which of the two buttons is seen."
-    seen, = (name for name in ("pause", "resume") if panel.view.buttons.made[name].layout.display != "none")
-    return seen
+    "Which of the two buttons has something to do."
+    made = panel.view.buttons.made
+    assert made["pause"].layout.display is made["resume"].layout.display is None and made["pause"].button_style == ""
+    return {"": "pause", "primary": "resume"}[made["resume"].button_style]
 
 
 def check(panel, run):
@@ -130,7 +131,7 @@ def check(panel, run):
         assert text is None or float(dial.field.value) == text
         assert dial.slider.value == dial.scale.position(c.values[0])
     assert offered(panel) == ("resume" if run.paused else "pause")
-    assert panel.view.buttons.made["pause"].disabled == (not run.fits)
+    for name in ("pause", "resume"): assert panel.view.buttons.made[name].disabled == (not run.fits)  # whatever the run does
     assert panel.view.buttons.made["undo"].disabled == (undoable(run.journal.entries) is None)
 
 
@@ -321,6 +322,37 @@ def test_states_of_buttons():
     panel.refresh()
     made["pause"].click()
     assert run.queue.pending[-1].name == "pause"
+    run.paused = False
+    panel.refresh()
+    made["resume"].click()
+    assert run.queue.pending[-1].name == "resume" and not made["resume"].disabled
+    panel.close()
+
+
+def test_a_press_that_comes_too_late_changes_nothing():
+    "A learner that is paused, and one that goes on already, at the moment in which a press arrives."
+    x, seen = torch.randn(64, 1), []
+    learn = Learner(nn.Linear(1, 1), ((x, x), (x, x)), "mse", batch_size=8, front="none")
+    panel = panel_of(learn)
+    made = panel.view.buttons.made
+
+    def press(learn):
+        panel.refresh()
+        if learn.step == 3: made["resume"].click()
+        if learn.step == 5: made["pause"].click(); made["pause"].click()
+
+    def held(learn):
+        panel.refresh()
+        seen.append((learn.step, offered(panel), made["pause"].disabled))
+        for name in ("pause", "resume", "resume"): made[name].click()
+
+    learn.add(On("after_batch", press))
+    learn.add(On("before_pause", held))
+    learn.fit(steps=8)
+    assert (learn.state, learn.step, seen) == ("finished", 8, [(5, "resume", False)])
+    said = [(e.step, e.what, e.error) for e in learn.journal.entries if e.source == "panel"]
+    late = "the fit is not paused"
+    assert said == [(3, "resume", late), *2 * [(5, "pause", "")], (5, "pause", ""), (5, "resume", ""), (5, "resume", late)]
     panel.close()
 
 

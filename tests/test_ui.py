@@ -1,5 +1,6 @@
 "The views: what they say, what they draw, and that they never harm a run."
 import contextlib
+import html
 import io
 import math
 import re
@@ -15,7 +16,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from standin import Run
 
+from trainkit.callback import On
 from trainkit.history import History
+from trainkit.learner import Learner
 from trainkit.ui import front as front_module
 from trainkit.ui import plots, progress
 from trainkit.ui.front import front
@@ -255,7 +258,8 @@ LONG = ["weights.gradient_penalty of discriminator: 10 → 5", "lr: 1 → 0.1", 
 
 
 @pytest.mark.parametrize("n", [1, 5, 50])
-@pytest.mark.parametrize("where, width, panels", [("even", 9, 3), ("even", 9, 1), ("late", 6.2, 2), ("early", 9, 3), ("at once", 9, 3)])
+@pytest.mark.parametrize("where, width, panels", [("even", 9, 3), ("even", 9, 1), ("late", 6.2, 2), ("early", 9, 3),
+                                                  ("at once", 9, 3)])
 def test_names_of_marks_lie_apart_and_inside(n, where, width, panels):
     more = {f"valid__{k}": lambda s: s for k in range(panels - 1)}
     history, plot = record(**more), Plot(width=width)
@@ -386,6 +390,49 @@ def test_digits_are_short_and_right(value):
 def test_last_word(state, word):
     s = Status(state, 300, 0, 400, epoch=1, elapsed=10.0, error="ValueError: bad" if state == "failed" else "")
     assert progress.last_word(s).startswith(word)
+
+
+SAID = "interrupted inside step 300 (epoch 1 of 2), saved as 300; learn.fit() goes on, learn.restore('last') goes back"
+
+
+def test_last_word_is_the_learners_where_it_has_one():
+    s = Status("interrupted", 300, 0, 400, epoch=1, elapsed=10.0, ending=SAID)
+    where, then = SAID.split("; ")
+    assert progress.last_word(s) == f"{where} · 0:10 · 30 steps/s · {then}"
+    assert progress.last_word(Status("interrupted", 400, 0, 400, ending=SAID)).endswith("saved as 300 · 0:00")
+    assert "learn.restore(&#x27;last&#x27;) goes back</div>" in progress.end_html(s)
+
+
+class Said(list):
+    "A place that keeps the last word, as a terminal and as a page show it."
+
+    def update(self, s, table): assert not s.ending
+    row = update
+    def close(self, s, table): self.extend([progress.end_text(s, Table()), progress.end_html(s)])
+
+
+@pytest.mark.parametrize("first", ["Progress", "AutoSave"])
+@pytest.mark.parametrize("end", ["stopped", "interrupted"])
+def test_the_last_word_tells_what_was_saved(tmp_path, eager, first, end):
+    words = Said()
+    view, data = Progress(lambda room: words, every=0), (torch.randn(64, 1), torch.randn(64, 1))
+    learn = Learner(torch.nn.Linear(1, 1), (data, data), "mse", cbs=[view] if first == "Progress" else [], front="none",
+                    run=tmp_path, batch_size=8)  # fmt: skip
+    if first == "AutoSave": learn.add(view)
+    order = [type(cb).__name__ for cb in learn.cbs if type(cb).__name__ in ("Progress", "AutoSave")]
+    assert order == ["AutoSave", "Progress"]
+
+    def broken_off(learn):
+        if learn.step == 12: learn.stop() if end == "stopped" else learn._interrupted()
+
+    learn.add(On("after_batch", broken_off))
+    with contextlib.suppress(KeyboardInterrupt): learn.fit(epochs=3)
+    assert (learn.state, learn.step, [e.step for e in learn.checkpoints]) == (end, 12, [8, 12])
+    where, _, then = learn.ending.partition("; ")
+    if end == "interrupted": assert "saved as 12" in where and "learn.restore('last') goes back" in then
+    text, page = words
+    assert text.startswith(where or "stopped at step 12 of 24 ·") and text.endswith(then or "learn.fit() goes on")
+    assert text in html.unescape(page)
 
 
 def test_last_word_promises_nothing_that_does_not_go_on():

@@ -9,8 +9,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def attach(run: "str | Path") -> "Attached":
-    "Steer a run that trains in another process, through its folder."
+def attach(run: "str | Path", wait: "float | None" = None) -> "Attached":
+    "Steer a run that trains in another process, through its folder; `wait` so many seconds for it to listen."
     from .attached import attach
 
-    return attach(run)
+    return attach(run, wait)

@@ -22,26 +22,49 @@ from .settings import load_settings, nearest
 
 if TYPE_CHECKING:  # torch is a second's wait, and a command in a terminal needs none of it
     from trainkit.checkpoint import Checkpoints
+    from trainkit.checkpoint import Entry as Checkpoint
     from trainkit.controls import Control
     from trainkit.followed import FollowedHistory
 
 # %% auto #0
-__all__ = ['find_run', 'Refused', 'Posted', 'Answers', 'Sender', 'Hands', 'MoreHands', 'as_control', 'Attached', 'attach']
+__all__ = ['TRACES', 'places_of', 'is_there', 'no_run', 'find_run', 'Refused', 'Posted', 'Answers', 'Sender', 'Hands', 'Turning',
+           'as_control', 'Watched', 'Attached', 'wait_for', 'attach']
 
 # %% ../nbs/29b_attached.ipynb #a754556b
+TRACES = ("status.json", "history.jsonl", "journal.jsonl", "control", "checkpoints")  # of a run, in its folder
+
+
+def places_of(
+    run: str | Path,  # a path, or the name of a run in the settings' folder of runs
+) -> list[Path]:
+    "The folders in which it may lie."
+    place = Path(run)
+    return [Path(load_settings().runs, run), place] if isinstance(run, str) and place.name == run else [place]
+
+
+def is_there(place: Path) -> bool:
+    "Does a run lie in this folder?"
+    return any((place / name).exists() for name in TRACES)
+
+
+def no_run(
+    run: str | Path,  # that isn't there
+) -> FileNotFoundError:
+    "The error for it, with the names that are there."
+    places = places_of(run)
+    folder = places[0].parent
+    there = nearest(str(run), runs(folder).names()) if folder.is_dir() else []
+    tried, near = " or ".join(map(str, places)), ", ".join(there[:8]) or "none"
+    return FileNotFoundError(f"no run lies in {tried}; in {folder} there is: {near}")
+
+
 def find_run(
     run: str | Path,  # a path, or the name of a run in the settings' folder of runs
 ) -> Path:
     "A run's folder; FileNotFoundError with the names that are there."
-    places = [Path(run)]
-    if isinstance(run, str) and places[0].name == run: places.insert(0, Path(load_settings().runs, run))
-    for place in places:
-        if any((place / name).exists() for name in ("status.json", "history.jsonl", "journal.jsonl", "control", "checkpoints")):
-            return place
-    folder = Path(load_settings().runs) if len(places) > 1 else places[0].parent
-    there = nearest(str(run), runs(folder).names()) if folder.is_dir() else []
-    tried, near = " or ".join(map(str, places)), ", ".join(there[:8]) or "none"
-    raise FileNotFoundError(f"no run lies in {tried}; in {folder} there is: {near}")
+    found = next(filter(is_there, places_of(run)), None)
+    if found is None: raise no_run(run)
+    return found
 
 # %% ../nbs/29b_attached.ipynb #23031432
 class Refused(ValueError):
@@ -182,48 +205,43 @@ class Hands(Sender):
         return self.send("resume")
 
     def step_once(self, n: int = 1) -> Command:
-        "Make so many steps, then hold again."
+        "Make so many steps, then hold again; it is answered when they begin, and `status` tells when they are made."
         return self.send("step", n=n)
 
     def stop(self, after: str = "step") -> Command:
         "End the fit in good order, after this \"step\" or \"epoch\"."
         return self.send("stop", after=after)
 
-    def set(self, name: str, value: float | None = None, times: float | None = None, player: str | None = None) -> Command:
-        "Put a knob to a value, or to a multiple of its schedule."
-        return self.send("set", name=name, value=value, times=times, player=player)
-
-    def release(self, name: str, player: str | None = None) -> Command:
-        "Give a knob back to its schedule."
-        return self.send("release", name=name, player=player)
-
     def undo(self) -> Command:
         "Take back the last set or release."
         return self.send("undo")
-
-# %% ../nbs/29b_attached.ipynb #d464473b
-class MoreHands(Hands):
-    "The commands about what was reached."
-
-    def validate(self) -> Command:
-        "Validate now."
-        return self.send("validate")
 
     def sample(self) -> Command:
         "Draw samples now."
         return self.send("sample")
 
-    def save(self, note: str = "", pin: bool | None = None) -> Command:
-        "Save a checkpoint."
-        return self.send("save", note=note, pin=pin)
-
-    def restore(self, which: str | int = "last") -> Command:
-        "Go back to a checkpoint and go on from there."
-        return self.send("restore", which=which)
-
     def note(self, text: str) -> Command:
         "Write a note on the curves."
         return self.send("note", text=text)
+
+# %% ../nbs/29b_attached.ipynb #d464473b
+class Turning(Hands):
+    "The commands for knobs as methods."
+
+    def set(
+        self,
+        name: str,  # of a knob: "lr", "weights.fit", "ema.decay" …
+        value: float | None = None,
+        *,
+        times: float | None = None,  # or a multiple of its schedule
+        player: str | None = None,  # whose, where several have one
+    ) -> Command:
+        "Put a knob to a value, or to a multiple of its schedule."
+        return self.send("set", name=name, value=value, times=times, player=player)
+
+    def release(self, name: str, *, player: str | None = None) -> Command:
+        "Give a knob back to its schedule."
+        return self.send("release", name=name, player=player)
 
 # %% ../nbs/29b_attached.ipynb #bbb27437
 def as_control(
@@ -237,8 +255,8 @@ def as_control(
     return Control(**{**row, **numbers, **pairs, "labels": tuple(row["labels"])})
 
 # %% ../nbs/29b_attached.ipynb #d6e90f52
-class Attached(MoreHands):
-    "A run in another process, as its learner."
+class Watched(Turning):
+    "How a run goes, as its learner says it."
 
     def __init__(self, run: str | Path):  # its folder, or the name of one in the settings' folder of runs
         super().__init__(find_run(run))
@@ -281,14 +299,69 @@ class Attached(MoreHands):
 
         return Checkpoints(self.path / "checkpoints")
 
+# %% ../nbs/29b_attached.ipynb #7fcbef85
+class Attached(Watched):
+    "A run in another process, as its learner."
+
+    patience = 60.0  # seconds for a checkpoint that was saved to be written
+
+    def validate(self) -> dict[str, float]:
+        "Validate now, and return what was found when it is."
+        said = (command := self.send("validate")).wait() or ""
+        parts, step = (part.rpartition(" ") for part in said.split(", ")), command.answer.step if command.answer else 0
+        return {name: self._exactly(name, step, float(value)) for name, _, value in parts if name}
+
+    def _exactly(self, name: str, step: int, rounded: float) -> float:
+        steps, values = self.history.scalars.get(name, ((), ()))
+        return next((float(v) for s, v in zip(reversed(steps), reversed(values)) if s == step), rounded)
+
+    def save(self, note: str = "", pin: bool | None = None) -> Checkpoint:
+        "Save a checkpoint, and return its entry when it lies there. With a note, or pinned, it stays."
+        return self._stored(self.send("save", note=note, pin=pin).wait())
+
+    def restore(self, which: str | int | Checkpoint = "last") -> Checkpoint:
+        "Go back to a checkpoint and go on from there; returns its entry."
+        chosen = which if isinstance(which, (str, int)) else which.id
+        return self._stored(self.send("restore", which=chosen).wait().rpartition(" (")[0])
+
+    def _stored(self, name: str) -> Checkpoint:
+        "The entry of a checkpoint, when its file has been written; CheckpointError if it doesn't come."
+        from trainkit.checkpoint import CheckpointError
+
+        end = time.monotonic() + self.patience
+        while True:
+            over = bool(self.silence) or time.monotonic() > end
+            try: return self.checkpoints.find(name)
+            except CheckpointError:
+                if over: raise
+            time.sleep(0.05)
+
     def __repr__(self) -> str:
         s = self.status()
         who = s["silence"] or f"{s['state']} at step {s['step']}, process {s.get('pid')}"
         return f"Attached to {self.path}: {who}"
 
-# %% ../nbs/29b_attached.ipynb #7fcbef85
+# %% ../nbs/29b_attached.ipynb #fc8c1f75
+def wait_for(
+    run: str | Path,  # its folder, or the name of one in the settings' folder of runs
+    seconds: float,
+) -> None:
+    "Until somebody listens there; TimeoutError with what was found instead."
+    if not seconds >= 0: raise ValueError(f"wait takes seconds >= 0; received {seconds!r}")
+    end, places = time.monotonic() + seconds, places_of(run)
+    while True:
+        over, place = time.monotonic() >= end, next(filter(is_there, places), None)
+        if place is not None and not silence(read_status(place)): return
+        if over: break
+        time.sleep(0.05)
+    found = str(no_run(run)) if place is None else f"in {place}, {silence(read_status(place))}"
+    raise TimeoutError(f"nobody has come to listen within {seconds:g} s: {found}")
+
+
 def attach(
     run: str | Path,  # its folder, or the name of one in the settings' folder of runs
+    wait: float | None = None,  # seconds for it to begin and to listen; None: take it as it is
 ) -> Attached:
-    "Steer and watch a run that another process trains."
+    "Steer and watch a run that another process trains; FileNotFoundError, or TimeoutError where nobody came to listen."
+    if wait is not None: wait_for(run, wait)
     return Attached(run)

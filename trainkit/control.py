@@ -27,7 +27,7 @@ from .mailbox import NotListening
 
 # %% auto #0
 __all__ = ['DONE', 'REFUSED', 'ABSENT', 'UNANSWERED', 'LOOKS', 'PROGRAM', 'ENDINGS', 'KEYS', 'HINT', 'form', 'make_parser',
-           'asked', 'said', 'tell', 'summary', 'report', 'single_keys', 'Screen', 'watch', 'look', 'main']
+           'asked', 'said', 'made', 'tell', 'summary', 'report', 'single_keys', 'Screen', 'watch', 'look', 'main']
 
 # %% ../nbs/29c_control.ipynb #34e7dfd9
 DONE, REFUSED, ABSENT, UNANSWERED = 0, 1, 3, 4  # 2 is argparse's, for what can't be understood
@@ -52,7 +52,7 @@ def _options() -> argparse.ArgumentParser:
     "What every command takes."
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--json", action="store_true", help="answer in JSON, an object a line")
-    shared.add_argument("--no-wait", action="store_true", help="don't wait for the answer")
+    shared.add_argument("--wait", action=argparse.BooleanOptionalAction, default=True, help="until it is done: yes, or not at all")
     shared.add_argument("--timeout", type=float, metavar="SECONDS", help="wait no longer than this for the answer")
     return shared
 
@@ -63,7 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("run", metavar="RUN", help="a run's folder, or its name in the settings' folder of runs")
     found = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, spec in COMMANDS.items():
-        usage = f"{PROGRAM} RUN {form(name, spec)} [--json] [--no-wait] [--timeout SECONDS]"
+        usage = f"{PROGRAM} RUN {form(name, spec)} [--json] [--wait | --no-wait] [--timeout SECONDS]"
         sub = found.add_parser(name, help=spec.help, description=spec.help, usage=usage, epilog=ENDINGS, parents=[_options()])
         sub.add_argument("words", nargs="*", help=argparse.SUPPRESS)
         for key, value in spec.takes.items():
@@ -90,24 +90,50 @@ def said(
     "An answer in a line."
     return f"{'refused' if entry.error else 'done'} at step {entry.step}: {entry.error or in_words(entry)}"
 
+# %% ../nbs/29c_control.ipynb #f44623e0
+def _left(
+    timeout: float | None,  # seconds; None: as long as it takes
+) -> Callable[[], float]:
+    "A function that says how many of them are left."
+    begin = time.monotonic()
+    return lambda: math.inf if timeout is None else timeout - (time.monotonic() - begin)
 
+
+def made(
+    there: Attached,  # a run
+    entry: Entry,  # that says it will make steps
+    left: Callable[[], float],  # seconds to wait
+) -> tuple[int, str]:
+    "Wait until a run has made its steps, or does something else by now; the exit status, and what it does."
+    while True:
+        status = there.status()
+        at, heard = f"at step {status['step']}", status.get("time", 0.0) >= entry.time
+        if status["silence"]: return ABSENT if status["state"] == "gone" else DONE, status["silence"]
+        if heard and status["state"] == "paused": return DONE, f"it holds {at}"
+        if heard and not status["paused"]: return DONE, f"it went on, and is {at}"
+        if left() <= 0: return UNANSWERED, f"the steps are not made yet: it is {at}"
+        time.sleep(0.05)
+
+# %% ../nbs/29c_control.ipynb #7dbc0720
 def tell(
-    command: Posted,  # that was sent
+    there: Attached,  # a run
+    command: Posted,  # that was sent there
     given: argparse.Namespace,  # what the parser made of the command line
 ) -> int:
     "Wait for the answer and print it; the exit status."
-    if given.no_wait:
+    if not given.wait:
         print(json.dumps({"id": command.id}) if given.json else f"sent; its answer will have the id {command.id}")
         return DONE
-    status = DONE
+    status, end, left = DONE, "", _left(given.timeout)
     try: command.wait(given.timeout)
     except Refused: status = REFUSED
     except TimeoutError as error:
         print(error, file=sys.stderr)
         return UNANSWERED
-    if command.answer is not None:
-        if given.json: print(json.dumps(asdict(command.answer)))
-        else: print(said(command.answer), file=sys.stderr if status else sys.stdout)
+    if (entry := command.answer) is None: return status
+    if entry.what == "step" and not entry.error: status, end = made(there, entry, left)
+    if given.json: print(json.dumps({**asdict(entry), **({"end": end} if end else {})}))
+    else: print(f"{said(entry)}; {end}" if end else said(entry), file=sys.stderr if status else sys.stdout)
     return status
 
 # %% ../nbs/29c_control.ipynb #686eb589
@@ -146,7 +172,7 @@ def report(
     place = [str(status[key]) for key in ("device", "run") if status.get(key)]
     memory = status.get("memory")
     if isinstance(memory, (int, float)): place.append(f"{memory / 1e6:.0f} MB")
-    lines += [f"  {', '.join(place)}"] * bool(place) + [f"  {status[key]}" for key in ("error", "silence") if status.get(key)]
+    lines += [f"  {', '.join(place)}"] * bool(place) + [f"  {status[key]}" for key in ("ending", "error", "silence") if status.get(key)]
     for knob in status.get("controls") or []:
         values = ", ".join(dict.fromkeys(map(_number, knob["values"])))
         held = "".join(f" (held: {key} {_number(value)})" for key, value in (knob.get("held") or {}).items())
@@ -260,7 +286,7 @@ def main(
         there = attach(given.run)
         if given.command in LOOKS: return look(there, given)
         name, values = asked(given)
-        return tell(there.send(name, source="terminal", **values), given)
+        return tell(there, there.send(name, source="terminal", **values), given)
     except KeyboardInterrupt:
         print("not waiting any longer; the command stays where it is", file=sys.stderr)
         return 130

@@ -123,7 +123,8 @@ class Pump:
         self._kernel, self._shell = kernel, shell
         self._stream, self._reply = _main_shell(kernel)
         self._held: deque[list[Any]] = deque()
-        self._due, self._nudge_due, self._found_at, self._thread = 0.0, 0.0, 0.0, threading.get_ident()
+        self._due, self._nudge_due, self._thread = 0.0, 0.0, threading.get_ident()
+        self._row, self._found_at = 0, 0.0  # looks in a row that found something; when the last one did
         self._outer, Pump._innermost = Pump._innermost, self
         if shell is not None: shell.events.register("post_execute", self._cell_ends)
 
@@ -138,9 +139,10 @@ class Pump:
         if time.monotonic() < self._due or threading.get_ident() != self._thread: return
         found = _look(self)
         if self.closed: return
-        now, before = time.monotonic(), self._found_at
-        if found: self._found_at = now
-        self._due = now + (self.STREAM if found and now - before < 3 * self.STREAM else self.EVERY)
+        now = time.monotonic()
+        if found: self._row, self._found_at = self._row + 1, now
+        elif now - self._found_at > self.STREAM: self._row = 0
+        self._due = now + (self.STREAM if found and self._row > 4 else self.EVERY)
 
     @property
     def closed(self) -> bool: return self._due == math.inf

@@ -100,6 +100,6 @@ def status_of(
         "paused": learn.paused or learn._free is not None, "step": learn.step, "start": learn.fit_start, "steps": learn.fit_steps,
         "epoch": learn.epoch, "epochs": learn.target.epoch, "batch": learn.batch_idx, "batches": learn.batches_per_epoch,
         "rate": finite_or_none(rate), "elapsed": pace.elapsed, "eta": eta, "device": str(learn.device),
-        "memory": memory_of(learn.device), "error": error, "pending": len(learn.queue),
+        "memory": memory_of(learn.device), "error": error, "pending": len(learn.queue), "ending": getattr(learn, "ending", ""),
         "losses": {name: finite_or_none(value) for name, value in recent_losses(learn.history).items()},
     }  # fmt: skip

@@ -333,16 +333,16 @@ class Heeding(Commanded):
 class Listening(Heeding):
     "Validates, and stops, while others ask for things."
 
-    def stop(self, after: str = "step") -> None:
+    def stop(self, after: str = "step") -> Command | None:
         "End the running fit at the next step (or the end of the epoch); from any thread. `fit()` goes on from there."
         check_command("stop", {"after": after})
         if not self._fitting:
-            return
+            return None
         if self._here() and not self._hearing:  # a callback, or a signal: no detour
             self._last_epoch = self._last_epoch or after == "epoch"
             self._stopping = self._stopping or ("stopped" if after == "step" else None)
-        else:
-            self.send("stop", after=after)
+            return None
+        return self.send("stop", after=after)
 
     def _stops(self) -> list[Command]:
         "What asks for the end. A stop that is meant for this place waits for the boundary behind the validation, if any."
@@ -471,7 +471,7 @@ class Steered(Remembering):
         return self.send("resume")
 
     def step_once(self, n: int = 1) -> Command:
-        "Make so many steps, then hold."
+        "Make so many steps, then hold. It counts as done when the first of them begins."
         return self.send("step", n=n)
 
     def set(

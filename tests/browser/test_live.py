@@ -64,11 +64,12 @@ class Shown:
         return self.area.get_by_role("button", name=text, exact=True)
 
     def press(self, text: str, what: str, shows: str = "", **values) -> None:
-        "Press a button; the name of another that this brings."
+        "Press a button; of Pause and Resume, the one that has something to do then."
         self.button(text).click()
         self.clicked.append((what, values))
         if shows:
-            expect(self.button(shows)).to_be_visible()
+            resume, highlit = expect(self.button("Resume")), re.compile("mod-primary")
+            resume.to_have_class(highlit) if shows == "Resume" else resume.not_to_have_class(highlit)
 
     def row(self, player: str, name: str):
         section = self.area.locator(".tk-section", has=self.page.get_by_text(player, exact=True))

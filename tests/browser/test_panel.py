@@ -51,6 +51,9 @@ WIDE = """panel => [panel, ...panel.querySelectorAll("*")].filter(e => e.checkVi
     && ["auto", "scroll"].includes(getComputedStyle(e).overflowX)).map(e => e.className)"""  # what scrolls sideways
 
 
+HIGHLIT = re.compile("mod-primary")
+
+
 class Shown:
     "A panel in a cell's output."
 
@@ -122,7 +125,7 @@ def test_steered_while_the_cell_runs(notebook, page):
     expect(panel.row("discriminator", "learning rate")).to_contain_text("0.0001 held; applied at step")
     page.wait_for_timeout(800)
     panel.press("Pause")
-    expect(panel.area.get_by_role("button", name="Resume")).to_be_visible()
+    expect(panel.area.get_by_role("button", name="Resume")).to_have_class(HIGHLIT)
     notebook.screenshot("panel-4-paused")
     panel.press("One step")
     panel.says(re.compile(r"Step \d+: step"))
@@ -144,6 +147,46 @@ def test_steered_while_the_cell_runs(notebook, page):
     notebook.run(3)
     expect(notebook.output(3)).to_contain_text(f"('generator', ({held},), {{'value': {held}}})")
     expect(notebook.output(3)).to_contain_text("('discriminator', (0.0001,), {'value': 0.0001})")
+    assert notebook.errors() == []
+
+
+def test_steered_by_the_keyboard(notebook, page):
+    "Keys go on doing what the button says on which they were pressed: it neither vanishes nor changes, and keeps the focus."
+    panel = Shown(notebook, 1)
+    pause, resume = (panel.area.get_by_role("button", name=name, exact=True) for name in ("Pause", "Resume"))
+    notebook.run(2, wait=None)
+    expect(pause).to_be_enabled(timeout=20_000)
+    pause.focus()
+    place = pause.bounding_box()
+    page.keyboard.press("Space")
+    expect(resume).to_have_class(HIGHLIT)
+    expect(pause).to_be_focused()
+    panel.says(re.compile(r"Step \d+: pause"))
+    held = panel.area.get_by_role("status").inner_text()
+    page.keyboard.press("Space")  # once more: it is held already
+    page.wait_for_timeout(1000)
+    expect(resume).to_have_class(HIGHLIT)
+    assert panel.area.get_by_role("status").inner_text() == held and pause.bounding_box() == place
+    notebook.screenshot("panel-10-keyboard")
+    page.keyboard.press("Tab")
+    expect(resume).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(resume).not_to_have_class(HIGHLIT)
+    expect(resume).to_be_focused()
+    panel.says(re.compile(r"Step \d+: resume"))
+    page.keyboard.press("Space")
+    panel.says("the fit is not paused")
+    expect(resume).to_be_focused()
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Enter")
+    expect(resume).to_have_class(HIGHLIT)
+    expect(pause).to_be_focused()
+    for _ in range(3):
+        page.keyboard.press("Tab")
+    expect(panel.area.get_by_role("button", name="Stop", exact=True)).to_be_focused()
+    page.keyboard.press("Enter")
+    notebook.wait_done(2)
+    expect(resume).to_be_disabled()
     assert notebook.errors() == []
 
 

@@ -199,7 +199,7 @@ class GANSteps(Fakes):
         draw = self._fakes(len(real), labels)
         r = self.judge(self.round_of(real, labels, draw._replace(fake=draw.fake.detach())), "real", "fake")
         self.forward_done(r)
-        return {term.name: term.fn(r) for term in self.players[0].terms}
+        return {term.name: term.fn(r) for term in self.player_named("discriminator").terms}
 
     def generator_step(self, learn: Any, batch: Any) -> dict[str, Tensor]:
         "G through the frozen D."
@@ -223,6 +223,7 @@ class GANSteps(Fakes):
         "Both players' adversarial losses on held-out samples."
         real, labels = self.real_of(batch)
         r = self.judge(self.round_of(real, labels, self.draw(len(real), labels)), "real", "fake")
+        self.pred = r.fake  # for the metrics
         return {player.name: player.terms[0].fn(r) for player in self.players}
 
 # %% ../../nbs/44_gan_learner.ipynb #fe44ad6f
@@ -244,7 +245,7 @@ def penalised(penalty: Any, labelled: bool = True) -> Callable[[Round], Tensor]:
 
 
 def adversarial(
-    loss: GANLoss, extra: Any, penalties: Any = (), discriminator: bool = False, labelled: bool = True
+    loss: Any, extra: Any, penalties: Any = (), discriminator: bool = False, labelled: bool = True
 ) -> list[Term]:
     "The terms of one side; each takes a `Round`."
     def on_round(r: Round) -> Tensor:

@@ -13,27 +13,10 @@ from torch import Tensor, nn
 
 from ..data import describe
 from ..device import evaluating
+from .estimates import Deal
 
 # %% auto #0
-__all__ = ['Deal', 'ScoreSums', 'classifier_score', 'answers_of', 'class_probabilities', 'ClassifierScore']
-
-# %% ../../nbs/43_gan_metrics.ipynb #14052ab2
-class Deal:
-    "Deals a stream of samples out to `splits` parts: equal shares (to within one), in no pattern, the same at every start."
-
-    ROUNDS = 64  # drawn at once
-
-    def __init__(self, splits: int = 1) -> None:
-        self.splits, self.random = splits, torch.Generator().manual_seed(0)
-        self.ahead = torch.empty(0, dtype=torch.int64)  # parts of samples to come
-
-    def __call__(self, n: int) -> Tensor:  # (n,) int64
-        "The parts to which the next n samples belong."
-        while len(self.ahead) < n:
-            rounds = torch.rand(self.ROUNDS, self.splits, generator=self.random).argsort(1)
-            self.ahead = torch.cat([self.ahead, rounds.flatten()])
-        dealt, self.ahead = self.ahead[:n], self.ahead[n:]
-        return dealt
+__all__ = ['ScoreSums', 'classifier_score', 'answers_of', 'class_probabilities', 'ClassifierScore']
 
 # %% ../../nbs/43_gan_metrics.ipynb #56dfa7dc
 class ScoreSums:

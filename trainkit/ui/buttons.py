@@ -141,7 +141,7 @@ class Buttons(Keys):
     ) -> None:
         "Show what can be done now."
         ids, paused = list(checkpoints or ())[:50], bool(status.get("paused"))
-        for name, seen in ("pause", not paused), ("resume", paused): self.made[name].layout.display = None if seen else "none"
+        self.made["resume"].button_style = "primary" if paused else ""
         tips = TIPS | ({"undo": f"undo {in_words(undo)}"} if undo else {})
         for name, why in reasons(status, undo, checkpoints is not None, bool(ids)).items():
             self.made[name].disabled, self.made[name].tooltip = bool(why), why or tips[name]

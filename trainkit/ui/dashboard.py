@@ -224,6 +224,8 @@ def still_of(feed: Feed, sketch: Sketch, begun: float | None) -> tuple[Status, T
 class Look:
     "A run on a stage, shown in any number of cells."
 
+    _eager = False  # does somebody wait for a picture?
+
     def __init__(self, endpoint: Any, sketch: Sketch, refresh: float = 1.0, alone: bool = False):  # ends by itself?
         import ipywidgets
         s = status_from(told := endpoint.status())
@@ -243,11 +245,16 @@ class Look:
     def smooth(self, weight: float) -> None:
         "Draw trends with this weight of a neighbour."
         self.drawing.sketch.smooth = weight
-        self.ticker.wake()
+        self.wake()
 
     def refresh(self, seconds: float) -> None:
         "Draw no more often than this."
         self.drawing.pace(seconds)
+        self.wake()
+
+    def wake(self, pictures: bool = True) -> None:  # or only the words?
+        "Look at the run as soon as may be; from any thread."
+        self._eager = self._eager or pictures
         self.ticker.wake()
 
     def _look(self, woken: bool) -> bool | None:
@@ -264,7 +271,6 @@ class Live(Look):
     "A run that is followed, until it ends."
 
     _over_for = 0  # looks at a run that is over
-
     def _look(self, woken: bool) -> bool | None:
         told, d = self.drawing.feed.endpoint.status(), self.drawing
         self._over_for = 0 if goes_on(told) else self._over_for + 1
@@ -272,9 +278,10 @@ class Live(Look):
             self.end()
             return False
         if woken:
+            pictures, self._eager = self._eager, False
             held = told["state"] == "paused"  # nobody is kept from training
             d.words.hurry(math.inf if held else 0.05)
-            d.pictures.hurry(math.inf if held else 0.2)
+            if pictures: d.pictures.hurry(math.inf if held else 0.2)
         if d.words.due():
             with d.words.spend(): d.say(told)
         if d.pictures.due() and d.changed:
@@ -311,7 +318,7 @@ def close_stages(stages: deque[Stage], keep: int = 0) -> None:
 class Showing(View):
     "One fit after another, each on a stage of its own."
 
-    order, begins = 93, "setup"  # behind those who draw samples
+    order, begins = 94, "setup"  # behind those who draw samples
     keep = 3  # fits whose widgets stay
 
     def __init__(self, refresh: float = 1.0):  # seconds between pictures, at least
@@ -360,10 +367,15 @@ class Dashboard(Showing):
 
     @quietly
     def after_command(self, learn: Any) -> None:
-        "Show at once what it did."
-        if self.live is not None: self.live.ticker.wake()
+        "Show at once what it did; the curves say it later where a hand is moving."
+        if self.live is not None: self.live.wake(pictures=learn.command.what != "set")
 
-    before_pause = cleanup_pause = after_command
+    @quietly
+    def before_pause(self, learn: Any) -> None:
+        "Show where it stands."
+        if self.live is not None: self.live.wake()
+
+    cleanup_pause = before_pause
 
     @quietly
     def cleanup_fit(self, learn: Any) -> None:

@@ -432,7 +432,7 @@ def plot_history(
 class Curves(PictureView):
     "Live curves of everything that is recorded, and a still picture of them when the fit is over."
 
-    order = 91  # below the progress bars
+    order = 92  # below the progress bars
 
     def __init__(
         self,

@@ -45,6 +45,7 @@ class Status:
     name: str = ""
     device: str = ""
     memory: int | None = None  # bytes in use
+    ending: str = ""  # what the learner says of a fit that was broken off: where; how to go on
 
     @property
     def last_step(self) -> int | None:
@@ -86,6 +87,9 @@ def recent(
         return float(values[-last:].mean() if is_batchwise(name, steps) else values[-1])
 
 # %% ../../nbs/50_ui_progress.ipynb #f36cdd80
+ENDINGS = ("finished", "stopped", "interrupted", "failed")
+
+
 def status_of(
     learn: Any,  # the learner
     elapsed: float,  # seconds since the fit began
@@ -94,10 +98,11 @@ def status_of(
 ) -> Status:
     "What the learner and its history say now."
     error = "" if learn.error is None else f"{type(learn.error).__name__}: {learn.error}".split("\n")[0][:120]
+    ending = getattr(learn, "ending", "") if learn.state in ENDINGS else ""  # it looks for what was saved
     scalars = learn.history.snapshot().scalars
     means = {label: recent(name, *scalars[name]) for name, label in loss_names(list(scalars)).items()}
     return Status(learn.state, learn.step, learn.fit_start, learn.fit_steps, learn.epoch, epochs, learn.batch_idx,
-                  learn.batches_per_epoch, means, rate, elapsed, error)
+                  learn.batches_per_epoch, means, rate, elapsed, error, ending=ending)
 
 # %% ../../nbs/50_ui_progress.ipynb #b0ce5a45
 def clock(
@@ -137,9 +142,6 @@ def join(*parts: str) -> str:
     "The parts that say something, with a dot between."
     return " · ".join(p for p in parts if p)
 
-# %% ../../nbs/50_ui_progress.ipynb #e187f9ef
-ENDINGS = ("finished", "stopped", "interrupted", "failed")
-
 # %% ../../nbs/50_ui_progress.ipynb #706a1158
 def pace(s: Status) -> str:
     "Time spent, time to go and rate: `0:21 < 0:22 · 18.3 steps/s`."
@@ -163,9 +165,10 @@ def last_word(s: Status) -> str:
     rate = speed((s.step - s.start) / s.elapsed) if s.elapsed else ""
     epochs = f"{s.epoch} epoch{'s' * (s.epoch != 1)}"
     if s.state == "finished": return join("finished", f"step {s.step}", epochs, clock(s.elapsed), rate)
-    at = f"{s.state} at step {s.step}" + (f" of {s.last_step}" if s.last_step is not None else "")
+    place, _, way_on = s.ending.partition("; ")
+    at = place or f"{s.state} at step {of(s.step, s.last_step).replace('/', ' of ')}"
     over = s.step == s.last_step or (s.state == "failed" and s.step == s.start)
-    then = "" if over else "learn.fit() goes on"
+    then = "" if over else way_on or "learn.fit() goes on"
     return join(at, s.error, clock(s.elapsed), rate if not s.error else "", then)
 
 # %% ../../nbs/50_ui_progress.ipynb #c0837dfb
@@ -434,6 +437,8 @@ def place_for_here(
 # %% ../../nbs/50_ui_progress.ipynb #c574c04d
 class Progress(View):
     "Shows how far a fit has come: bars in a notebook, a line in a terminal, lines in a log."
+
+    order = 91  # behind what saves, of which the last word tells
 
     def __init__(
         self,

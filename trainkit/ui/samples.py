@@ -169,7 +169,7 @@ def seconds_of(
 class Looking(PictureView):
     "Takes pictures, keeps and shows them."
 
-    order = 92  # below the curves
+    order = 93  # below the curves
     sampler: Sampler
     _budget: Budget
 

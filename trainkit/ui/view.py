@@ -46,7 +46,7 @@ def quietly(
 class View(Callback):
     "A callback that only looks."
 
-    order = 90  # behind everything that records
+    order = 91  # behind everything that records, and what saves
     probing = False  # a trial run is nothing to show
     off = False  # set by the first error
     begins = "before_fit"  # its first event of a fit
