@@ -17,6 +17,7 @@ import re
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,16 @@ for _ in range(3):
         first, last = seen[1000], seen[-1]  # what is made once, at the beginning, is left out
         costs[name].append([(b - a) / (len(seen) - 1001) for a, b in zip(first, last)])
 open("costs.json", "w").write(json.dumps(costs))
+"""
+WHICH = """
+def tell(learn):
+    from trainkit.ui.dashboard import Dashboard
+    live = learn.cbs.get(Dashboard).live
+    if live is not None and learn.step == 5:
+        dials = live.stage.panel.view.deck.dials
+        dial = next(dial for key, dial in dials.items() if key[:2] == ("generator", "lr"))
+        open("slider.json", "w").write(json.dumps(dial.slider.model_id))
+gan.add(On("after_batch", tell))
 """
 LONG = """
 import ipywidgets
@@ -177,14 +188,59 @@ def dragged(lab: Lab, page: Any) -> str:
     stop(notebook, shown, 1)
     notebook.wait_idle()
     notebook.run(2)
-    seen, found = json.loads((lab.folder / "seen.json").read_text()), list[list[float]]()
+    return row_of("in a browser", windows, json.loads((lab.folder / "seen.json").read_text()))
+
+
+def row_of(name: str, windows: list[tuple[bool, float, float]], seen: list[Any]) -> str:
+    found = list[list[float]]()
     for drag in (True, False):
         inside = [[row for row in seen if a <= row[0] <= b] for kind, a, b in windows if kind is drag]
         rates = [[(b - a) / (w[-1][0] - w[0][0]) for a, b in zip(w[0], w[-1])] + [len(w)] for w in inside]
         found.append([statistics.median(row[i] for row in rates) for i in range(1, 5)])
     (cpu, process, heed, steps), (cpu_none, process_none, heed_none, steps_none) = [row[:4] for row in found]
-    return (f"| a slider is dragged | {steps / 4:.0f} | {steps_none / 4:.0f} | {100 * heed:.1f} % and {100 * heed_none:.1f} % | "
+    return (f"| {name} | {steps / 4:.0f} | {steps_none / 4:.0f} | {100 * heed:.1f} % and {100 * heed_none:.1f} % | "
             f"{100 * (process - cpu):.1f} % and {100 * (process_none - cpu_none):.1f} % |")  # fmt: skip
+
+
+def dragged_alone() -> str:
+    "The same messages from a client that draws nothing: the next one when the last one is answered, 60 a second at most."
+    from jupyter_client.manager import start_new_kernel
+
+    windows = []
+    with tempfile.TemporaryDirectory() as folder:
+        manager, client = start_new_kernel(kernel_name="python3", cwd=folder)
+        try:
+            client.execute_interactive(MAKE.replace("NAME", "alone") + PATIENT + WHICH, output_hook=lambda message: None)
+            client.execute("gan.fit(steps=10**6)", allow_stdin=True)
+            while not (name := Path(folder) / "slider.json").exists():
+                time.sleep(0.1)
+            time.sleep(3)
+            slider, end = json.loads(name.read_text()), 0.0
+            for drag in (True, False) * 5:
+                windows.append((drag, begin := time.time(), end := begin + 4))
+                place = 0
+                while time.time() < end:
+                    time.sleep(1 / 60)
+                    place = (place + 3) % 200
+                    if drag:
+                        data = {"method": "update", "state": {"value": place}, "buffer_paths": []}
+                        asked = client.session.msg("comm_msg", {"comm_id": slider, "data": data})
+                        client.shell_channel.send(asked)
+                        wait_idle(client, asked["header"]["msg_id"])
+            manager.interrupt_kernel()
+            client.execute_interactive("open('seen.json', 'w').write(json.dumps(seen))", output_hook=lambda message: None)
+            return row_of("a client alone", windows, json.loads((Path(folder) / "seen.json").read_text()))
+        finally:
+            manager.shutdown_kernel(now=True)
+
+
+def wait_idle(client: Any, asked: str) -> None:
+    "Until the kernel says that it is done with a message."
+    while True:
+        message = client.get_iopub_msg(timeout=30)
+        mine = message["parent_header"].get("msg_id") == asked
+        if mine and message["msg_type"] == "status" and message["content"]["execution_state"] == "idle":
+            return
 
 
 def beside_none() -> str:
@@ -293,7 +349,8 @@ def main() -> None:
                   "Four seconds with, four without, five times. What the browser draws meanwhile takes the same two cores.", "",
                   "| | steps a second with | without | CPU for commands, with and without | of other threads | load |",
                   "|---|---|---|---|---|---|"]
-        lines += [measured(dragged), "", "## The dashboard", "", "In a kernel without a browser, which would take a core.", "",
+        lines += [measured(dragged), f"{dragged_alone()} {os.getloadavg()[0]:.1f} |", "",
+                  "## The dashboard", "", "In a kernel without a browser, which would take a core.", "",
                   "| | steps a second with | without | time of a step | its CPU time |", "|---|---|---|---|---|", beside_none()]
     if "long" in parts:
         lines += ["", "## A long run, compressed", "",

@@ -621,6 +621,27 @@ def test_what_is_pressed_after_a_drag_comes_after_it():
     assert run.knobs["lr", "critic"].values[0] == dial.scale.value(9)
 
 
+def test_what_the_training_thread_hears_is_pending_until_the_next_step():
+    "In a cell that trains, messages are taken in by the thread that makes the steps."
+    learn = Learner(nn.Linear(2, 1), [(torch.rand(4, 2), torch.rand(4, 1))] * 4, "mse", {"name": "sgd", "lr": 0.1}, front="none")
+    learn.fit(steps=1)
+    panel, seen, refreshed = panel_of(learn), [], []
+    dial = dials(panel)["lr", "model"]
+    refresh, panel.refresh = panel.refresh, lambda *args: (refreshed.append(learn.step), refresh(*args))
+
+    def turn(learn):
+        if learn.step == 3:
+            dial.slider.value = 7
+            seen.append((dial.pending is not None, "pending" in dial.said.value, [*refreshed]))
+
+    learn.add(On("after_batch", turn))
+    learn.fit(steps=3)
+    assert seen == [(True, True, [])] and learn.controls()[0].values == (dial.scale.value(7),)
+    panel.refresh()
+    assert dial.pending is None and "applied at step 3" in dial.said.value
+    panel.close()
+
+
 def test_it_follows_by_itself():
     run = Run(fits=True)
     panel = panel_of(run)

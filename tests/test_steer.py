@@ -192,7 +192,8 @@ def test_a_pause_that_nobody_sees_says_how_to_go_on(place, said, kept, tmp_path,
     learn.add(On("after_batch", lambda learn: learn.step == 3 and learn.pause(), order=99),
               On("before_pause", lambda learn: learn.resume()))
     learn.fit(epochs=1)
-    way = f"python -m trainkit.control '{tmp_path / 'a run'}' resume" if kept else "a thread of this program may call learn.resume()"
+    way = "a thread of this program may call learn.resume()"
+    way = f"python -m trainkit.control '{tmp_path / 'a run'}' resume" if kept else way
     assert (f"paused at step 3: {way}" in capsys.readouterr().err) is said and learn.state == "finished"
 
 

@@ -772,6 +772,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'trainkit.checkpoint.whole_or_none': ('checkpoint.html#whole_or_none', 'trainkit/checkpoint.py')},
             'trainkit.commands': { 'trainkit.commands.Command': ('commands.html#command', 'trainkit/commands.py'),
                                    'trainkit.commands.Command.done': ('commands.html#command.done', 'trainkit/commands.py'),
+                                   'trainkit.commands.Command.over': ('commands.html#command.over', 'trainkit/commands.py'),
                                    'trainkit.commands.Command.wait': ('commands.html#command.wait', 'trainkit/commands.py'),
                                    'trainkit.commands.CommandQueue': ('commands.html#commandqueue', 'trainkit/commands.py'),
                                    'trainkit.commands.CommandQueue.__init__': ( 'commands.html#commandqueue.__init__',

@@ -222,6 +222,11 @@ class Command:
         self.answer, self.result, self.error = answer, result, error
         self._done.set()
 
+    @property
+    def over(self) -> bool:
+        "Has it been done, or refused, or has it given way to a newer one?"
+        return self._done.is_set()
+
     def wait(
         self,
         timeout: float | None = None,  # seconds; None: as long as it takes

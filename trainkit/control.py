@@ -52,7 +52,8 @@ def _options() -> argparse.ArgumentParser:
     "What every command takes."
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--json", action="store_true", help="answer in JSON, an object a line")
-    shared.add_argument("--wait", action=argparse.BooleanOptionalAction, default=True, help="until it is done: yes, or not at all")
+    help = "until it is done: yes, or not at all"
+    shared.add_argument("--wait", action=argparse.BooleanOptionalAction, default=True, help=help)
     shared.add_argument("--timeout", type=float, metavar="SECONDS", help="wait no longer than this for the answer")
     return shared
 
@@ -69,7 +70,8 @@ def make_parser() -> argparse.ArgumentParser:
         for key, value in spec.takes.items():
             if name in ("set", "release") and key in ("name", "value", "times"): continue
             kind = value.kind.replace("|", " or ")
-            sub.add_argument(f"--{key}", dest=f"value_{key}", metavar=key.upper(), help=f"{value.help} ({kind}), also as {key}=…")
+            help = f"{value.help} ({kind}), also as {key}=…"
+            sub.add_argument(f"--{key}", dest=f"value_{key}", metavar=key.upper(), help=help)
     for name, about in LOOKS.items():
         sub = found.add_parser(name, help=about, description=about, epilog=ENDINGS)
         sub.add_argument("--json", action="store_true", help="in JSON, an object a line")
@@ -172,7 +174,8 @@ def report(
     place = [str(status[key]) for key in ("device", "run") if status.get(key)]
     memory = status.get("memory")
     if isinstance(memory, (int, float)): place.append(f"{memory / 1e6:.0f} MB")
-    lines += [f"  {', '.join(place)}"] * bool(place) + [f"  {status[key]}" for key in ("ending", "error", "silence") if status.get(key)]
+    lines += [f"  {', '.join(place)}"] * bool(place)
+    lines += [f"  {status[key]}" for key in ("ending", "error", "silence") if status.get(key)]
     for knob in status.get("controls") or []:
         values = ", ".join(dict.fromkeys(map(_number, knob["values"])))
         held = "".join(f" (held: {key} {_number(value)})" for key, value in (knob.get("held") or {}).items())

@@ -115,7 +115,7 @@ class Pump:
     "Handles widget messages in a running cell, at each `poll()`; all others wait for `close()`. For one thread."
 
     EVERY, NUDGE = 0.02, 0.1  # seconds between two looks at the socket; at the one before it
-    STREAM = 0.06  # seconds between two looks while a hand drags something: each of its messages has its price
+    STREAM = 0.1  # seconds between two looks while a hand drags something: each of its messages has its price
     AT_ONCE = 100  # messages taken in one look
     _innermost: ClassVar["Pump | None"] = None
 

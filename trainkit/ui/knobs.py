@@ -129,11 +129,7 @@ def answered(
     command: Any,  # what `send` returned
 ) -> bool:
     "Has it been applied, refused, or replaced by a newer one?"
-    if command.answer is not None: return True
-    try: command.wait(0)
-    except TimeoutError: return False
-    except Exception: return True
-    return True
+    return bool(command.over)
 
 
 def became(

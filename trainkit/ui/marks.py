@@ -25,7 +25,7 @@ def marks_to_draw(
     done = [m for m in marks if m.kind not in ("epoch", "fit")]
     if len(done) > labels: done = [m for m in done if m.kind != "checkpoint"]
     done.sort(key=lambda m: m.step)
-    said = [(m.step, m.text if m.kind in ("command", "note") and m.text else m.kind) for m in done]
+    said = [(m.step, m.text if m.kind in ("command", "note", "alarm") and m.text else m.kind) for m in done]
     return epochs if len(epochs) <= most else [], said
 
 # %% ../../nbs/50a_ui_marks.ipynb #4f93ceda
