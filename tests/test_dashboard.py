@@ -11,12 +11,17 @@ from types import SimpleNamespace as NS
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jupyter_client.manager import start_new_kernel
 from standin import Run
 from test_ui_kernel import SETUP, WIDGET, Kernel, environment
+from torch import nn
 
+from trainkit.callback import On
+from trainkit.gan.doctor import Alarm, Doctor
+from trainkit.gan.learner import GANLearner
 from trainkit.history import History
 from trainkit.ui import dashboard as module
 from trainkit.ui.dashboard import Dashboard, dashboard, last_words
@@ -278,6 +283,38 @@ def test_commands_are_shown_at_once(cells, monkeypatch):
     assert board.live.stage.curves.value != first and ">paused<" in board.live.stage.head.value
     run.state = "stopped"
     run.emit("cleanup_fit")
+
+
+def test_a_doctor_has_a_tab_in_which_its_advice_is_taken(cells):
+    torch.manual_seed(0)
+    generator = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
+    critic = nn.Sequential(nn.Linear(2, 16), nn.LeakyReLU(0.2), nn.Linear(16, 1), nn.Flatten(0))
+    opt, doctor, seen = {"name": "adam", "lr": 1e-3}, Doctor(every=10**6, warn=False), []
+    gan = GANLearner(generator, critic, torch.randn(320, 2), latent=4, batch_size=32, opt=opt, cbs=[doctor], front="none")
+    board = Dashboard()
+    gan.add(board)
+
+    def press(learn):
+        if learn.step == 3:
+            values = {"name": "lr", "player": "discriminator", "value": 2e-4}
+            doctor.alarms.append(Alarm("saturation", 3, 1, {"doctor/separation": 9.0}, "it has won", "a paper", "set", values))
+            tab = board.live.stage.doctor
+            tab.show()
+            seen.append((board.live.stage.panel.view.tabs.panes["doctor"] is tab.box, "saturation" in tab.rows[0].said.value))
+            tab.rows[0].key.click()
+            seen.append("on its way" in tab.rows[0].said.value)
+        if learn.step == 5:
+            tab = board.live.stage.doctor
+            tab.show()
+            row = tab.rows[0]
+            seen.append(("applied at step 3" in row.said.value, row.key.disabled))
+
+    gan.add(On("after_batch", press))
+    gan.fit(steps=6)
+    assert seen == [(True, True), True, (True, True)]
+    assert [c.values[0] for c in gan.controls() if (c.name, c.player) == ("lr", "discriminator")] == [2e-4]
+    assert [(e.what, e.source) for e in gan.journal.entries if e.what == "set"] == [("set", "doctor")]
+    assert board._kept[-1].doctor is None and board._kept[-1].sliders == []
 
 
 def test_smoothing_and_refresh_belong_to_the_display(cells):

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from .doctor import DoctorTab
 from .gallery import answering, close_all, kernel
 from .live import Feed, Sketch, Ticker, epochs_table, goes_on, head_html, picture_data, status_from
 from .panel import Panel
@@ -54,6 +55,7 @@ class Tree:
 
     def __init__(self, widgets: Any, panel: Any, room: int):  # ipywidgets; a control panel; epochs to expect
         self.w, self.panel, self.room, self.sliders = widgets, panel, room, list[Any]()
+        self.doctor: DoctorTab | None = None
         self.style, self.head, self.rows = (widgets.HTML(layout=self._layout()) for _ in range(3))
         self.style.value, self.style.layout.display = style_html(), "block"
         self.curves, self.samples = (widgets.Image(format="jpeg", layout=self._layout()) for _ in range(2))
@@ -70,6 +72,12 @@ class Tree:
         "What belongs to the plots gets a tab beside the knobs."
         self.sliders = [box]
         self.panel.add_tab("plots", box)
+
+    def add_doctor(self, doctor: Any) -> None:
+        "A GAN's doctor that is attached gets a tab, too."
+        self.doctor = DoctorTab(self.w, doctor, self.panel.say)
+        self.sliders.append(self.doctor.box)
+        self.panel.add_tab("doctor", self.doctor.box)
 
 # %% ../../nbs/56a_ui_dashboard.ipynb #822ea2ed
 class Stage(Tree):
@@ -97,7 +105,7 @@ class Stage(Tree):
         self.root.children, self.pictures.children = [self.style, self.head, self.curves], [self.samples]
         self.panel.close()
         close_all(self.pictures, self.rows, *self.sliders)
-        self.panel, self.sliders = None, []  # these know the run, and the stage may outlive it
+        self.panel, self.doctor, self.sliders = None, None, []  # these know the run, and the stage may outlive it
 
     def close(self) -> None:
         "Let go of what was kept."
@@ -185,6 +193,7 @@ class Telling:
         newest = next((m for m in reversed(snapshot.marks) if m.kind == "epoch"), None)
         if newest != self._epoch: self.stage.table(epochs_table(snapshot, s, self.begun, 5))
         self._epoch = newest
+        if self.stage.doctor is not None: self.stage.doctor.show()
         self.stage.panel.refresh(told)
 
 # %% ../../nbs/56a_ui_dashboard.ipynb #aa5f9671
@@ -235,6 +244,8 @@ class Look:
         try:
             sketch_and_pace = (sketch.smooth, self.smooth), (refresh, self.refresh)
             self.stage.add_sliders(sliders_for(ipywidgets, *sketch_and_pace))
+            doctor = endpoint.cbs.get("Doctor") if hasattr(endpoint, "cbs") else None
+            if doctor is not None: self.stage.add_doctor(doctor)
             self.drawing.say(told)
             self._first = self.drawing.draw()
             self.drawing.pictures.next = self.drawing.pictures.clock() + refresh
