@@ -80,7 +80,8 @@ class DoctorTab:
         alarms: Sequence[Any] = [*reversed(self.doctor.alarms)]
         for i, row in enumerate(self.rows): row.show(alarms[i] if i < len(alarms) else None)
         older = f"; {len(alarms) - MOST} older ones: doctor.report()" if len(alarms) > MOST else ""
-        self.head.value = f"{len(alarms)} alarm{'s' * (len(alarms) > 1)}{older}" if alarms else "Nothing is wrong, as far as the doctor can see."
+        count = f"{len(alarms)} alarm{'s' * (len(alarms) > 1)}{older}"
+        self.head.value = count if alarms else "Nothing is wrong, as far as the doctor can see."
 
     def close(self) -> None:
         "Let go of every widget."
