@@ -270,7 +270,7 @@ def test_a_run_by_its_name(monkeypatch, tmp_path, capsys):
 def test_a_reader_that_has_seen_enough_is_no_error(listening):
     for _ in range(300):
         Journal(listening / "journal.jsonl").add(Entry("note", {"text": "x" * 900}))
-    command = f"{sys.executable} -m trainkit.control {listening} journal --json | head -1"
+    command = f"{shlex.quote(sys.executable)} -m trainkit.control {listening} journal --json | head -1"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], cwd=ROOT, capture_output=True, text=True)
     assert done.stderr == "" and done.returncode == 0 and json.loads(done.stdout)["what"] == "note"
 

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import random
+import shlex
 import sys
 import threading
 import time
@@ -190,6 +191,21 @@ def test_tensorboard_follows_a_run_back_and_forth(tmp_path):
     again.fit(epochs=1)
     agrees(folder, again.history)
     assert sum(p.stat().st_size for p in folder.iterdir()) - size < size / 2, "what was told is not told again"
+
+
+def test_files_of_one_second_are_read_in_the_order_of_writing(tmp_path):
+    "TensorBoard reads them by name: the second, the host, the process, and a number in which 10 comes before 9."
+    def make(): return learner(TensorBoard(), run=tmp_path / "run", keep="all")
+
+    make().fit(epochs=3)
+    folder = tmp_path / "run" / "tensorboard"
+    (file,) = folder.glob("events.out.*")
+    file.rename(folder / f"events.out.tfevents.{int(time.time()) + 1}.zzz")
+    learn = make()
+    learn.restore(8)
+    learn.fit(epochs=1)
+    agrees(folder, learn.history)
+    assert len([*folder.glob("events.out.*")]) == 2
 
 
 def test_pictures_that_were_purged_are_told_again_by_another_process(tmp_path):
@@ -653,15 +669,16 @@ def test_mp4_needs_ffmpeg_and_tells_it_the_truth(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r".gif, .webp or .mp4; received"): movie(folder, tmp_path / "m.avi")
     program = tmp_path / "bin" / "ffmpeg"
     program.parent.mkdir()
-    program.write_text(f"#!{sys.executable}\nimport sys\nsaid = ' '.join(sys.argv[1:-1]).encode()\n"
-                       "open(sys.argv[-1], 'wb').write(said + b'\\n' + sys.stdin.buffer.read())\n")  # fmt: skip
+    program.write_text(f"#!/bin/sh\nexec {shlex.quote(sys.executable)} {tmp_path / 'said.py'} \"$@\"\n")
+    (tmp_path / "said.py").write_text("import sys\nsaid = ' '.join(sys.argv[1:-1]).encode()\n"
+                                      "open(sys.argv[-1], 'wb').write(said + b'\\n' + sys.stdin.buffer.read())\n")  # fmt: skip
     program.chmod(0o755)
     made = movie(folder, tmp_path / "m.mp4", seconds=4, longest=40)
     said, pixels = made.path.read_bytes().split(b"\n", 1)
     w, h = made.size
     assert f"-s {w}x{h} -r 25".encode() in said and w % 2 == h % 2 == 0 and b"libx264" in said
     assert len(pixels) == w * h * 3 * 25 * 4  # four seconds
-    program.write_text(f"#!{sys.executable}\nimport sys\nsys.exit('unknown codec')\n")
+    program.write_text("#!/bin/sh\necho 'unknown codec' >&2\nexit 1\n")
     with pytest.raises(RuntimeError, match="ffmpeg failed: unknown codec"): movie(folder, tmp_path / "n.mp4")
     assert not Path(tmp_path / "n.mp4").exists()
 

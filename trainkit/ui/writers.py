@@ -91,7 +91,14 @@ class EventFiles(Writer):
     def _start(self, purge: int | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
         if self._writer is not None: self._writer.close()
+        before = {path.name for path in self._place().glob("events.out.*")}
         self._writer = SummaryWriter(str(self._place()), purge_step=purge)
+        mine = [path for path in self._place().glob("events.out.*") if path.name not in before]
+        if mine and mine[0].name < max(before, default=""):  # of the same second: "10" sorts before "9", and is read before it
+            self._writer.close()
+            mine[0].unlink()
+            time.sleep(1 - time.time() % 1)
+            self._start(purge)
 
 # %% ../../nbs/58_ui_writers.ipynb #7655d91b
 class TensorBoard(EventFiles):
