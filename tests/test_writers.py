@@ -205,7 +205,7 @@ def test_files_of_one_second_are_read_in_the_order_of_writing(tmp_path):
     learn.restore(8)
     learn.fit(epochs=1)
     agrees(folder, learn.history)
-    assert len([*folder.glob("events.out.*")]) == 2
+    assert min(path.name for path in folder.glob("events.out.*")).endswith("zzz")
 
 
 def test_pictures_that_were_purged_are_told_again_by_another_process(tmp_path):
