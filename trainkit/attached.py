@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .commands import Command, check_command
+from .commands import ByName, Command, check_command
 from .journal import Entry, Journal, as_entry
 from .lines import Lines
 from .mailbox import NotListening, post_command, read_status, silence
@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # torch is a second's wait, and a command in a terminal needs
     from trainkit.followed import FollowedHistory
 
 # %% auto #0
-__all__ = ['TRACES', 'places_of', 'is_there', 'no_run', 'find_run', 'Refused', 'Posted', 'Answers', 'Sender', 'Hands', 'Turning',
+__all__ = ['TRACES', 'places_of', 'is_there', 'no_run', 'find_run', 'Refused', 'Posted', 'Answers', 'Sender', 'Hands',
            'as_control', 'Watched', 'Attached', 'wait_for', 'attach']
 
 # %% ../nbs/29b_attached.ipynb #a754556b
@@ -193,55 +193,12 @@ class Sender(Answers):
         return silence(read_status(self.path))
 
 # %% ../nbs/29b_attached.ipynb #cc54cf77
-class Hands(Sender):
+class Hands(Sender, ByName):
     "The commands as methods."
-
-    def pause(self) -> Command:
-        "Hold the training before its next step."
-        return self.send("pause")
-
-    def resume(self) -> Command:
-        "Go on."
-        return self.send("resume")
-
-    def step_once(self, n: int = 1) -> Command:
-        "Make so many steps, then hold again; it is answered when they begin, and `status` tells when they are made."
-        return self.send("step", n=n)
 
     def stop(self, after: str = "step") -> Command:
         "End the fit in good order, after this \"step\" or \"epoch\"."
         return self.send("stop", after=after)
-
-    def undo(self) -> Command:
-        "Take back the last set or release."
-        return self.send("undo")
-
-    def sample(self) -> Command:
-        "Draw samples now."
-        return self.send("sample")
-
-    def note(self, text: str) -> Command:
-        "Write a note on the curves."
-        return self.send("note", text=text)
-
-# %% ../nbs/29b_attached.ipynb #d464473b
-class Turning(Hands):
-    "The commands for knobs as methods."
-
-    def set(
-        self,
-        name: str,  # of a knob: "lr", "weights.fit", "ema.decay" …
-        value: float | None = None,
-        *,
-        times: float | None = None,  # or a multiple of its schedule
-        player: str | None = None,  # whose, where several have one
-    ) -> Command:
-        "Put a knob to a value, or to a multiple of its schedule."
-        return self.send("set", name=name, value=value, times=times, player=player)
-
-    def release(self, name: str, *, player: str | None = None) -> Command:
-        "Give a knob back to its schedule."
-        return self.send("release", name=name, player=player)
 
 # %% ../nbs/29b_attached.ipynb #bbb27437
 def as_control(
@@ -255,7 +212,7 @@ def as_control(
     return Control(**{**row, **numbers, **pairs, "labels": tuple(row["labels"])})
 
 # %% ../nbs/29b_attached.ipynb #d6e90f52
-class Watched(Turning):
+class Watched(Hands):
     "How a run goes, as its learner says it."
 
     def __init__(self, run: str | Path):  # its folder, or the name of one in the settings' folder of runs

@@ -11,7 +11,7 @@ import shlex
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
@@ -20,7 +20,7 @@ from .journal import Entry
 
 # %% auto #0
 __all__ = ['NEEDED', 'KINDS', 'COMMANDS', 'Value', 'Spec', 'check_command', 'check_at', 'parse', 'as_line', 'Command',
-           'CommandQueue']
+           'CommandQueue', 'ByName']
 
 # %% ../nbs/03a_commands.ipynb #f9dc843e
 NEEDED: Any = object()  # a value that must be given
@@ -308,3 +308,48 @@ def _older(waiting: list[Command], new: Command) -> int | None:
     last = waiting[-1]
     same = all(last.values.get(k) == new.values.get(k) for k in key) and (last.source, last.at) == (new.source, None)
     return len(waiting) - 1 if same else None
+
+# %% ../nbs/03a_commands.ipynb #c418f9c6
+class ByName:
+    "Commands as methods, for whoever can `send` them."
+
+    send: Callable[..., Any]
+
+    def pause(self) -> Command:
+        "Hold before the next step; commands still act. From any thread."
+        return self.send("pause")
+
+    def resume(self) -> Command:
+        "Go on."
+        return self.send("resume")
+
+    def step_once(self, n: int = 1) -> Command:
+        "Make so many steps, then hold. It counts as done when the first of them begins; `status` tells when they are made."
+        return self.send("step", n=n)
+
+    def set(
+        self,
+        name: str,  # of a knob: "lr", "weights.fit", "ema.decay" …
+        value: float | None = None,
+        *,
+        times: float | None = None,  # or a multiple of its schedule
+        player: str | None = None,  # whose, where several have one
+    ) -> Command:
+        "Put a knob to a value, from the next step on; TypeError or ValueError, and no change, when it makes no sense there."
+        return self.send("set", name=name, value=value, times=times, player=player)
+
+    def release(self, name: str, *, player: str | None = None) -> Command:
+        "Give a knob back to its schedule."
+        return self.send("release", name=name, player=player)
+
+    def undo(self) -> Command:
+        "Take back the last `set` or `release`."
+        return self.send("undo")
+
+    def sample(self) -> Any:
+        "Draw samples now; those who show them do."
+        return self.send("sample")
+
+    def note(self, text: str) -> Command:
+        "Write a note on the curves."
+        return self.send("note", text=text)

@@ -39,11 +39,14 @@ class Turns(Travel):
         raise NotImplementedError
 
     def _turns(self) -> None:
+        self._round()
+        self.step += 1
+        self._after_round()
+
+    def _round(self) -> None:
         for player in self.players:
             if player.due(self.step):
                 self._take_turn(player)
-        self.step += 1
-        self._after_round()
 
     def _after_round(self) -> None:
         "The batch is done; the loop says what belongs to the step."

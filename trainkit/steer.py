@@ -19,7 +19,7 @@ from typing import Any
 from .callback import Callback, Cancel, CancelPause
 from .checkpoint import Entry as Checkpoint
 from .checkpoint import Which
-from .commands import Command, CommandQueue, check_at, check_command
+from .commands import ByName, Command, CommandQueue, check_at, check_command
 from .controls import Control, check_turn, controls, hand_on, lay, put, value_of
 from .environment import where
 from .journal import Entry, Journal, in_words
@@ -459,47 +459,8 @@ class Remembering(Saving):
         return entry
 
 # %% ../nbs/26b_steer.ipynb #1cb501fc
-class Steered(Remembering):
+class Steered(Remembering, ByName):
     "Is steered by name."
-
-    def pause(self) -> Command:
-        "Hold before the next step; commands still act. From any thread."
-        return self.send("pause")
-
-    def resume(self) -> Command:
-        "Go on."
-        return self.send("resume")
-
-    def step_once(self, n: int = 1) -> Command:
-        "Make so many steps, then hold. It counts as done when the first of them begins."
-        return self.send("step", n=n)
-
-    def set(
-        self,
-        name: str,  # of a knob: "lr", "weights.fit", "ema.decay" …
-        value: float | None = None,
-        *,
-        times: float | None = None,  # or a multiple of its schedule
-        player: str | None = None,  # whose, where several have one
-    ) -> Command:
-        "Put a knob to a value, from the next step on; TypeError or ValueError, and no change, when it makes no sense there."
-        return self.send("set", name=name, value=value, times=times, player=player)
-
-    def release(self, name: str, *, player: str | None = None) -> Command:
-        "Give a knob back to its schedule."
-        return self.send("release", name=name, player=player)
-
-    def undo(self) -> Command:
-        "Take back the last `set` or `release`."
-        return self.send("undo")
-
-    def sample(self) -> Any:
-        "Draw samples now; those who show them do."
-        return self.send("sample")
-
-    def note(self, text: str) -> Command:
-        "Write a note on the curves."
-        return self.send("note", text=text)
 
     def controls(self) -> list[Control]:
         "Every number that can be moved now."

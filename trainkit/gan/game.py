@@ -78,9 +78,9 @@ class AtOnce(Stillness):
         else:
             self._held.append(player)
 
-    def _turns(self) -> None:
+    def _round(self) -> None:
         if self.updates == "alternating":
-            super()._turns()
+            super()._round()
             return
         held = self._held = []
         try:
@@ -92,8 +92,6 @@ class AtOnce(Stillness):
         finally:
             self._held, self._late = None, False
             self._drop(held)
-        self.step += 1
-        self._after_round()
 
     @staticmethod
     def _drop(players: list[Player]) -> None:
