@@ -465,3 +465,21 @@ def test_what_a_script_cannot_have_is_said():
     learn.add(On("before_fit", lambda learn: to_script(learn, build=supervised)))
     with pytest.raises(ReplayError, match="between two fits"):
         learn.fit(epochs=1, schedule="hold")
+
+
+def test_a_learner_that_is_built_with_weights_from_elsewhere():
+    def make():
+        torch.manual_seed(0)
+        batches = [(torch.ones(4, 2), torch.ones(4, 1))] * 3
+        learn = Learner(nn.Linear(2, 1), batches, "mse", {"name": "sgd", "lr": 0.1}, front="none")
+        learn.load_weights({"weight": torch.ones(1, 2), "bias": torch.zeros(1)})
+        return learn
+
+    first, again = make(), make()
+    first.fit(1)
+    first.set("lr", 0.01)
+    first.fit(1)
+    replay(again, first.journal)
+    assert weights_digest(again) == weights_digest(first) and again.step == first.step == 6
+    with pytest.raises(ReplayError, match="fresh learner"):
+        replay(again, first.journal)

@@ -311,9 +311,10 @@ def elsewhere(
 
 def check_fresh(learn: Any) -> None:
     "ReplayError unless a learner has done nothing yet."
-    if learn._fitting or learn.step or learn.epoch or len(learn.journal) or len(learn.queue):
+    done = [entry for entry in learn.journal.entries if entry.what != "load_weights"]  # whoever builds it may give it weights
+    if learn._fitting or learn.step or learn.epoch or done or len(learn.queue):
         raise ReplayError(f"a session is told again by a fresh learner; this one is at step {learn.step}, with "
-                          f"{len(learn.journal)} entries in its journal")  # fmt: skip
+                          f"{len(done)} entries in its journal")  # fmt: skip
 
 # %% ../nbs/28_replay.ipynb #1a2b4b0d
 @dataclass
