@@ -654,7 +654,8 @@ class Shown(Kept):
 
 # %% ../nbs/27_learner.ipynb #d7bc013f
 SYNONYMS = {"metric": "metrics", "callbacks": "cbs", "callback": "cbs", "lr": "opt=OptimBuilder(…, lr=…)", "optimizer": "opt",
-            "loss_fn": "loss", "criterion": "loss", "epochs": "fit(epochs=…)", "data": "dls", "dataloaders": "dls"}  # fmt: skip
+            "loss_fn": "loss", "criterion": "loss", "epochs": "fit(epochs=…)", "data": "dls", "dataloaders": "dls",
+            "weights": "pretrained", "state_dict": "pretrained"}  # fmt: skip
 
 
 def check_keywords(cls: type, given: Iterable[str]) -> None:
@@ -685,6 +686,7 @@ class Learner(Shown):
         split: Callable[[Any], Any] = split_batch,  # batch -> (inputs, keyword inputs, targets)
         accumulate: int | Mapping[str, int] | None = None,  # turns whose mean gradient makes a step; or player -> turns
         compile: bool | dict = False,  # torch.compile's options, or True
+        pretrained: Any = None,  # weights to begin with, as `load_weights` takes them; `Matching(…)`: those that match
         **settings: Any,  # any key of settings.ini's [trainkit] section: device, precision, seed, monitor, front …
     ):
         check_keywords(type(self), settings)
@@ -701,5 +703,6 @@ class Learner(Shown):
         self.loaders = Loaders(loaders.train, valid, test)
         self.metrics = MetricSet(metrics)
         super().__init__(cbs)
+        self._begin_with(pretrained)
         self._place(compile)
         self._remember(run)

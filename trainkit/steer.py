@@ -417,6 +417,11 @@ class Saving(Listening):
         self._note("load_weights", {"module": module, "strict": strict})
         return report
 
+    def _begin_with(self, pretrained: Any) -> None:
+        super()._begin_with(pretrained)
+        for module, report in self.pretrained.items():
+            self._note("load_weights", {"module": module, "strict": report.complete})
+
     def _note(self, what: str, values: dict[str, Any], **more: Any) -> None:
         more = {"id": uuid.uuid4().hex[:12], **more}
         self.journal.add(Entry(what, values, self.step, self.epoch, time.time(), fitting=self._fitting, **more))

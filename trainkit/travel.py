@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .checkpoint import CheckpointError, Checkpoints, Entry, Which, read_checkpoint, write_atomically
+from .data import describe
 from .device import clean_keys, preserve_rng
 from .history import History
 from .player import Player, unwrapped
@@ -23,8 +24,8 @@ from .state import Restore, misshapen
 from .storage import load_foreign
 
 # %% auto #0
-__all__ = ['Loaded', 'form_of', 'compare_weights', 'tensors_of', 'read_weights', 'Weights', 'untied', 'Exported', 'Lookback',
-           'Travel']
+__all__ = ['Loaded', 'form_of', 'place_of', 'compare_weights', 'tensors_of', 'path_of', 'read_weights', 'Matching', 'per_module',
+           'Weights', 'Pretrained', 'untied', 'Exported', 'Lookback', 'Travel']
 
 # %% ../nbs/25a_travel.ipynb #1adbf21a
 @dataclass
@@ -53,13 +54,20 @@ def form_of(x: Any) -> Any:
     return tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
 
 
+def place_of(x: Any) -> Any:
+    "Where a tensor's numbers lie: tied ones lie in one place."
+    return (x.data_ptr(), x.shape, x.stride()) if isinstance(x, Tensor) and x.numel() else id(x)
+
+
 def compare_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> tuple[Loaded, dict[str, Tensor]]:
     "What of `weights` fits a module, and those that do."
     own = unwrapped(module).state_dict()
     offered = clean_keys(weights, own)
-    report, fitting = Loaded(), dict[str, Tensor]()
+    report, fitting, places = Loaded(), dict[str, Tensor](), {place_of(own[name]) for name in offered if name in own}
     for name, value in own.items():
-        if name not in offered:
+        if name not in offered and place_of(value) in places:
+            report.matched.append(name)  # tied to one that is there
+        elif name not in offered:
             report.missing.append(name)
         elif (a := form_of(offered[name])) != (b := form_of(value)):
             report.misshapen.append(f"{name} {a} for {b}")
@@ -80,15 +88,21 @@ def tensors_of(found: Any, source: str) -> dict[str, Tensor]:
     return dict(found)
 
 
+def path_of(source: Any) -> Path:
+    "A file of weights; of a run's folder, its newest checkpoint that can be read."
+    path = source.path if isinstance(source, Entry) else Path(source)
+    return Checkpoints(path / "checkpoints").find("last").path if (path / "checkpoints").is_dir() else path
+
+
 def read_weights(source: Any, player: str = "") -> dict[str, Tensor]:
     "Weights by name from a dictionary, a module, or a file; ValueError or CheckpointError names what can't be read."
     if isinstance(source, nn.Module):
         return unwrapped(source).state_dict()
     if isinstance(source, Mapping):
         return tensors_of(source, "the dictionary")
-    path = source.path if isinstance(source, Entry) else Path(source)
+    path = path_of(source)
     if path.suffix == ".safetensors":
-        return _safetensors("read").load_file(path)
+        return _read_safetensors(path)
     if path.name.startswith("ckpt-"):
         if problems := misshapen(state := read_checkpoint(path)["state"]):
             raise CheckpointError(f"cannot read {path}: {'; '.join(problems)[:300]}")
@@ -104,9 +118,45 @@ def _safetensors(what: str) -> Any:
         import safetensors.torch
     except ImportError:
         raise ImportError(f"to {what} .safetensors files: pip install safetensors") from None
-    return safetensors.torch
+    return safetensors
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    "The tensors of a file; those that were tied when it was written are there under each of their names."
+    library = _safetensors("read")
+    try:
+        with library.safe_open(path, "pt") as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}
+            tied = file.metadata() or {}
+    except (library.SafetensorError, OSError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    return {**{name: found[same] for name, same in tied.items() if same in found}, **found}
 
 # %% ../nbs/25a_travel.ipynb #79332b1a
+@dataclass(frozen=True)
+class Matching:
+    "Weights of which those that match are taken, and the others are listed."
+
+    source: Any  # as `load_weights` takes it
+
+
+def per_module(
+    pretrained: Any,  # one source of weights, or a dict: module -> source; `Matching` around each or around the whole
+    modules: list[str],  # the learner's
+) -> dict[str, Any]:
+    "The weights offered to each module. A checkpoint has them for several."
+    if isinstance(pretrained, Matching) and not isinstance(pretrained.source, (str, Path, Entry, nn.Module)):
+        return {name: Matching(source) for name, source in per_module(pretrained.source, modules).items()}
+    source = pretrained.source if isinstance(pretrained, Matching) else pretrained
+    if isinstance(source, Mapping) and source and {*source} <= {*modules}:
+        return dict(source)
+    if len(modules) == 1 or (isinstance(source, (str, Path, Entry)) and path_of(source).name.startswith("ckpt-")):
+        return dict.fromkeys(modules, pretrained)
+    received = f"a dict with {', '.join(map(str, source))[:200]}" if isinstance(source, Mapping) else describe(source)
+    raise ValueError(f"pretrained= for several modules is a checkpoint, or a dict with some of {', '.join(modules)}; received "
+                     + (repr(source) if isinstance(source, (str, Path)) else received))  # fmt: skip
+
+# %% ../nbs/25a_travel.ipynb #e5ae7f18
 class Weights(Restore):
     "Takes weights from elsewhere."
 
@@ -121,29 +171,55 @@ class Weights(Restore):
 
     def load_weights(
         self,
-        source: Any,  # a dictionary, a module, a checkpoint's Entry, or the path of a .safetensors, .pt or checkpoint file
+        source: Any,  # a dictionary, a module, an Entry, or the path of a .safetensors, .pt or checkpoint file or of a run
         module: str = "",  # whose weights; the only module if there is one
         strict: bool = True,  # refuse unless everything fits; False: take what does
     ) -> Loaded:
         "Put weights from elsewhere into a module. ValueError, and no change, when they don't fit."
-        player, target = self.module_named(module)
-        report, fitting = compare_weights(target, read_weights(source, module or player.name))
-        if (strict and not report.complete) or not fitting:
-            raise ValueError(f"the weights don't fit {module or player.name!r}, nothing was changed: {report}"
-                             + ". strict=False takes those that match" * bool(fitting))  # fmt: skip
-        unwrapped(target).load_state_dict(fitting, strict=False)
+        target, report, fitting = self._judge_weights(source if strict else Matching(source), module)
+        target.load_state_dict(fitting, strict=False)
         return report
 
-# %% ../nbs/25a_travel.ipynb #88f5929e
+    def _judge_weights(self, source: Any, module: str) -> tuple[nn.Module, Loaded, dict[str, Tensor]]:
+        "A module, what became of the weights that are offered to it, and those that it can take."
+        (player, target), partly = self.module_named(module), isinstance(source, Matching)
+        report, fitting = compare_weights(target, read_weights(source.source if partly else source, module or player.name))
+        if not (fitting and (partly or report.complete)):
+            raise ValueError(f"the weights don't fit {module or player.name!r}, nothing was changed: {report}"
+                             + ". strict=False, or Matching(…) around them, takes those that match" * bool(fitting))  # fmt: skip
+        return unwrapped(target), report, fitting
+
+# %% ../nbs/25a_travel.ipynb #0cf979ed
+class Pretrained(Weights):
+    "Begins with weights from elsewhere."
+
+    pretrained: dict[str, Loaded]  # what became of them, by module
+
+    def _begin_with(
+        self,
+        pretrained: Any,  # see `per_module`; None: nothing
+    ) -> None:
+        "Load all of them, or none if one doesn't fit."
+        names = [name for player in self.players for name in player.modules]
+        offered = {} if pretrained is None else per_module(pretrained, names)
+        found = {name: self._judge_weights(source, name) for name, source in offered.items()}
+        self.pretrained = {}
+        for name, (target, report, fitting) in found.items():
+            target.load_state_dict(fitting, strict=False)
+            self.pretrained[name] = report
+            if not report.complete:
+                print(f"pretrained {name}: {report}")
+
+# %% ../nbs/25a_travel.ipynb #72680422
 def untied(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     "Each tensor of a state once, as a copy on the CPU; and the names that are left out, with the one that they are tied to."
-    known = {(t.data_ptr(), t.shape, t.stride()): name for name, t in reversed([*state.items()])}
-    first = {name: known[t.data_ptr(), t.shape, t.stride()] if t.numel() else name for name, t in state.items()}
+    known = {place_of(t): name for name, t in reversed([*state.items()])}
+    first = {name: known[place_of(t)] for name, t in state.items()}
     tensors = {n: t.detach().cpu().contiguous().clone() for n, t in state.items() if first[n] == n}
     return tensors, {name: same for name, same in first.items() if name != same}
 
 
-class Exported(Weights):
+class Exported(Pretrained):
     "Gives weights away."
 
     def export_weights(
@@ -152,7 +228,7 @@ class Exported(Weights):
         module: str = "",  # whose weights; the only module if there is one
     ) -> Path:
         "Write a module's weights, as they would be evaluated, for others to read (docs of safetensors: huggingface.co/docs)."
-        save, (_, source), path = _safetensors("write").save, self.module_named(module), Path(path)
+        save, (_, source), path = _safetensors("write").torch.save, self.module_named(module), Path(path)
         with self.observing("predicting"):
             tensors, tied = untied(unwrapped(source).state_dict())
             data = save(tensors, {"format": "pt", **tied})
