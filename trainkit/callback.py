@@ -307,6 +307,7 @@ class Scopes(Emitter):
     "Runs stretches of the loop that always clean up."
 
     def _cleanup(self, event: str) -> None:
+        "Call everybody, whoever fails; then raise what the first one failed with."
         first: BaseException | None = None
         for act in self._on[event]:
             try:
@@ -320,11 +321,12 @@ class Scopes(Emitter):
         "before · body · after, cleanup always; False when `cancel` ended it early."
         try:
             try:
-                self.emit(f"before_{name}")
+                self.emit("before_" + name)
                 body()
-                self.emit(f"after_{name}")
+                self.emit("after_" + name)
             finally:
-                self._cleanup(f"cleanup_{name}")
+                if self._on[cleanup := "cleanup_" + name]:
+                    self._cleanup(cleanup)
         except cancel:
             return False
         return True

@@ -222,6 +222,8 @@ def split_batch(
     batch: Any,  # tensor, tuple, list or dict
 ) -> tuple[tuple, dict[str, Any], tuple]:  # positional inputs of the model, keyword inputs, targets (none or one)
     "Inputs and target of a batch: `pred = model(*inputs, **kwargs); loss(pred, *targets)`."
+    if isinstance(batch, (tuple, list)) and len(batch) > 1:
+        return tuple(batch[:-1]), {}, () if batch[-1] is None else (batch[-1],)
     if _is_array(batch):
         return (batch,), {}, ()
     if isinstance(batch, Mapping):
@@ -230,9 +232,7 @@ def split_batch(
         raise TypeError(f"cannot tell inputs from targets in a batch that is {describe(batch)}. A batch is a tensor "
                         "(inputs), a tuple or list (inputs …, target) or a dict; for others give the learner a split "
                         "function: batch -> (inputs, kwargs, targets)")  # fmt: skip
-    if len(batch) == 1:
-        return tuple(batch), {}, ()
-    return tuple(batch[:-1]), {}, () if batch[-1] is None else (batch[-1],)
+    return tuple(batch), {}, ()
 
 
 def _split_dict_batch(batch: Mapping) -> tuple[tuple, dict[str, Any], tuple]:

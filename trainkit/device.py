@@ -52,6 +52,10 @@ def pick_device(
     return torch.device(wanted.type, index)
 
 # %% ../nbs/10_device.ipynb #d93b7a9e
+def _is_here(x: Any) -> bool:
+    return type(x) is Tensor and x.is_cpu
+
+
 def _move_tensor(x: Tensor, device: torch.device, channels_last: bool, non_blocking: bool) -> Tensor:
     if channels_last and x.ndim == 4 and x.is_floating_point() and x.layout is torch.strided:
         if not x.is_contiguous(memory_format=torch.channels_last):
@@ -94,6 +98,8 @@ def to_device(
 ) -> Any:
     "The batch with its tensors on `device`, arrays made tensors, everything else as it was."
     where = device if isinstance(device, torch.device) else torch.device(device)
+    if where.type == "cpu" and not channels_last and type(batch) in (tuple, list) and all(map(_is_here, batch)):
+        return batch[:]  # a list of the loader's own stays the loader's
     overlap = non_blocking and where.type not in ("cpu", "mps")  # a copy to the CPU could be read before it is done
 
     def move(x: Any) -> Any:

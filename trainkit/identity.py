@@ -9,6 +9,8 @@ import hashlib
 import inspect
 import platform
 from collections.abc import Mapping
+from functools import lru_cache
+from types import CodeType
 from typing import Any
 
 import torch
@@ -20,15 +22,23 @@ from .player import Player, unwrapped
 from .schedule import path_of
 
 # %% auto #0
-__all__ = ['source_of', 'digest_of', 'own_code', 'data_of', 'steps_of', 'losses_of', 'identity_of', 'changes']
+__all__ = ['source_of', 'source_of_code', 'digest_of', 'own_code', 'data_of', 'steps_of', 'losses_of', 'identity_of', 'changes']
 
 # %% ../nbs/24a_identity.ipynb #e95564a3
 def source_of(thing: Any) -> str:
     "The text of a function, or of all methods of a class (a class of a notebook has no file to be found in)."
     if isinstance(thing, type):
         return "".join(source_of(part) for part in vars(thing).values() if inspect.isfunction(part))
+    found = inspect.unwrap(thing) if callable(thing) else thing
+    code = getattr(found, "__code__", None)
+    return source_of_code(code, code.co_filename) if isinstance(code, CodeType) else ""
+
+
+@lru_cache(maxsize=1000)
+def source_of_code(code: CodeType, file: str) -> str:
+    "The text that was compiled to it (two cells can have equal code). To look it up takes milliseconds, and each save asks."
     try:
-        return inspect.getsource(inspect.unwrap(thing))
+        return inspect.getsource(code)
     except (OSError, TypeError):
         return ""
 

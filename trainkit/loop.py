@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from .callback import Cancel, CancelBatch, CancelEpoch, CancelStep, CancelTurn
 from .data import batch_size_of
 from .device import to_device
-from .player import Player, advance, freeze, losses_of, mean_gradient, move, share, thaw, total_of
+from .player import (
+    Player, advance, backward, drop_gradients, freeze, losses_of, mean_gradient, move, share, thaw, total_of)  # fmt: skip
 from .travel import Travel
 
 # %% auto #0
@@ -59,7 +60,7 @@ class Turns(Travel):
         finally:
             thaw(self._frozen)
             if not player.window:
-                player.opt.zero_grad()
+                drop_gradients(player)
             self.player, self.pred, self.loss, self.targets = None, None, None, ()
 
 # %% ../nbs/26_loop.ipynb #d9375456
@@ -77,7 +78,7 @@ class Descent(Turns):
         samples = batch_size_of(self.batch) if player.accumulate > 1 else 1
         loss = self.loss * share(player, samples) if player.window else self.loss
         gathered, player.window = player.window, []  # what cuts in here drops what was gathered
-        loss.backward() if player.scaler is None else player.scaler.scale(loss).backward()
+        backward(player, loss if player.scaler is None else player.scaler.scale(loss))
         self.emit("after_backward")
         player.window = [*gathered, samples]
         if len(player.window) >= player.accumulate:
@@ -114,8 +115,10 @@ class Move(Descent):
             with self.precision.autocast():
                 self._look(player)
         lr = player.opt.param_groups[0]["lr"]
-        with suppress(CancelStep):
+        try:
             self._step(player) if self._late else self._descend(player)
+        except CancelStep:
+            pass
         if not self._late:
             self._record(player, lr)
         if self._called:
@@ -135,9 +138,10 @@ class Move(Descent):
 
     def _record(self, player: Player, lr: float) -> None:
         "Losses and learning rate of the turn, without waiting for the device."
-        prefix, step = self._prefix[player.name], self.step + 1
-        self.losses = {n: v.detach() for n, v in {**self.losses, "loss": self.loss}.items()}
-        for name, value in self.losses.items():
+        prefix, step, losses = self._prefix[player.name], self.step + 1, {**self.losses, "loss": self.loss}
+        self.losses = {}
+        for name, value in losses.items():
+            self.losses[name] = value = value.detach()
             self.history.add(prefix + name, value, step)
         if self._lrs.get(player.name) != lr:
             self._lrs[player.name] = lr
@@ -220,7 +224,7 @@ class Marks(Move):
         for player in self.players:
             if player.window:
                 player.window = []
-                player.opt.zero_grad()
+                drop_gradients(player)
 
 # %% ../nbs/26_loop.ipynb #9957410a
 class Clock(Marks):

@@ -74,13 +74,13 @@ def align_gradients(optimizer: Optimizer, *_: Any) -> None:
     "Lay every gradient in memory as its parameter; leave the fused kernel where a gradient is sparse."
     for group in optimizer.param_groups:
         for p in group["params"] if group.get("fused") else ():
-            if p.grad is None:
+            if (grad := p.grad) is None:
                 continue
-            if p.grad.layout is not torch.strided:
+            if grad.layout is not torch.strided:
                 group["fused"] = None
                 break
-            if p.grad.stride() != p.stride():
-                p.grad = torch.empty_like(p, requires_grad=False).copy_(p.grad.detach())
+            if grad.stride() != p.stride():
+                p.grad = torch.empty_like(p, requires_grad=False).copy_(grad.detach())
 
 # %% ../nbs/17_optim.ipynb #f4b0ea89
 HOW = ("fused", "foreach", "capturable", "differentiable")  # options of how a step is computed, not of what

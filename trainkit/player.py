@@ -15,16 +15,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .data import describe
 from .device import Precision
-from .optim import OptimBuilder, as_builder
+from .optim import OptimBuilder, align_gradients, as_builder
 from .schedule import Schedule
 
 # %% auto #0
 __all__ = ['LOSSES', 'Term', 'get_loss', 'as_terms', 'named_modules', 'unwrapped', 'checked_terms', 'whole_batches', 'PlayerPlan',
-           'Player', 'BadLoss', 'losses_of', 'weighted_sum', 'total_of', 'move', 'advance', 'share', 'mean_gradient',
-           'own_parameters', 'others_of', 'freeze', 'thaw', 'player_state', 'load_player']
+           'Player', 'BadLoss', 'losses_of', 'weighted_sum', 'total_of', 'backward', 'drop_gradients', 'is_watched',
+           'make_step', 'move', 'advance', 'share', 'mean_gradient', 'own_parameters', 'others_of', 'freeze', 'thaw',
+           'player_state', 'load_player']
 
 # %% ../nbs/21_player.ipynb #490c5531
 @dataclass
@@ -177,6 +180,7 @@ class Player(PlayerPlan):
     "Moves in its turn: changes its modules' weights by one optimizer step on its loss."
 
     opt: torch.optim.Optimizer  # these are there once the player is built
+    unit: Tensor | None = None  # a one like its losses
     schedules: dict[str, Schedule]  # by the option they move: "lr" and what else the plan says
     scaler: torch.amp.GradScaler | None = None
 
@@ -256,11 +260,49 @@ def total_of(player: Player, losses: dict[str, Tensor]) -> Tensor:
                       "was it detached, made under no_grad, or are all its parameters frozen?")  # fmt: skip
     return total
 
+# %% ../nbs/21_player.ipynb #ba5bbda1
+def backward(player: Player, loss: Tensor) -> None:
+    "`loss.backward()`: gradients are added to those that are there."
+    if type(loss) is not Tensor or loss.ndim or not loss.requires_grad:
+        return loss.backward()
+    one = player.unit
+    if one is None or one.dtype is not loss.dtype or one.device != loss.device:
+        one = player.unit = torch.ones_like(loss)
+    Variable._execution_engine.run_backward((loss,), (one,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
+def drop_gradients(player: Player) -> None:
+    "`opt.zero_grad()`: no parameter has a gradient any more."
+    if type(player.opt).zero_grad is not torch.optim.Optimizer.zero_grad:
+        return player.opt.zero_grad()
+    for group in player.opt.param_groups:
+        for p in group["params"]:
+            p.grad = None
+
+# %% ../nbs/21_player.ipynb #8072cb26
+def is_watched(optimizer: torch.optim.Optimizer) -> bool:
+    "Does anybody but us look on when it makes a step: a hook, a profiler, a wrapper around `step`?"
+    own = vars(optimizer)
+    hooks = own.get("_optimizer_step_pre_hooks")
+    ours = hooks is not None and len(hooks) == 1 and align_gradients in hooks.values()
+    if not ours or "step" in own or own["_optimizer_step_post_hooks"] or not getattr(type(optimizer).step, "hooked", False):
+        return True
+    return bool(_global_optimizer_pre_hooks or _global_optimizer_post_hooks) or torch.autograd._profiler_enabled()
+
+
+def make_step(optimizer: torch.optim.Optimizer) -> None:
+    "`optimizer.step()`"
+    if is_watched(optimizer):
+        optimizer.step()
+    else:
+        align_gradients(optimizer)
+        type(optimizer).step.__wrapped__(optimizer)  # type: ignore[attr-defined]
+
 # %% ../nbs/21_player.ipynb #145a6893
 def move(player: Player) -> bool:
     "One optimizer step; False when the scaler left it out (infinite gradients)."
     if player.scaler is None:
-        player.opt.step()
+        make_step(player.opt)
     else:
         scale = player.scaler.get_scale()
         player.scaler.step(player.opt)
