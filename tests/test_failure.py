@@ -213,7 +213,7 @@ def test_a_place_that_cannot_be_told_does_not_replace_the_error():
         __hash__ = object.__hash__
 
     learn = learner(nn.Linear(4, 1), cbs=[Odd()])
-    learn._on["before_step"] = (lambda learn: (_ for _ in ()).throw(ValueError("mine")),)
+    learn._on["before_step"] = ((lambda learn: (_ for _ in ()).throw(ValueError("mine")), "Odd"),)
     assert "mine" in str(failing(learn))
 
 

@@ -13,6 +13,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from .timings import Ledger
+
 # %% auto #0
 __all__ = ['TURN', 'PAUSE', 'VALIDATE', 'FIT', 'TEST', 'PREDICT', 'EVENTS', 'Scope', 'Cancel', 'CancelTurn', 'CancelStep',
            'CancelPause', 'CancelBatch', 'CancelEpoch', 'CancelValidate', 'CancelFit', 'Callback', 'On', 'check_event',
@@ -103,6 +105,7 @@ class Callback:
     conflicts: tuple[type | str, ...] = ()  # classes (or their names) that must not
     knobs: tuple[Any, ...] = ()  # attributes that may be moved while a run trains: `(Knob("amount", 0.0, 0.3),)`
     probing: bool = True  # does it act in a trial run, too, whose results are thrown away? Views and savers don't
+    account: str = ""  # under which name its time is kept; empty: its class's
 
     @property
     def name(self) -> str:
@@ -274,12 +277,13 @@ class Emitter:
     _fresh: dict[int, tuple[Callback, str, dict[str, Any]]]  # how each was, and what it said, when it was attached
 
     def __init__(self, cbs: Callback | Iterable[Callback] = ()):
-        self.cbs = CallbackList([cbs] if isinstance(cbs, Callback) else cbs)
+        self.cbs, self.ledger = CallbackList([cbs] if isinstance(cbs, Callback) else cbs), Ledger()
         self._fresh = {id(cb): (cb, repr(cb), copy.deepcopy(cb.state_dict())) for cb in self.cbs}
         self._bind()
 
     def _bind(self) -> None:
-        self._on = {event: self.cbs.handlers(event) for event in EVENTS}
+        who = {event: [cb.account or type(cb).__name__ for cb in self.cbs.acting(event)] for event in EVENTS}
+        self._on = {event: tuple(zip(self.cbs.handlers(event), who[event])) for event in EVENTS}
 
     def add(self, *cbs: Callback) -> None:
         "Attach callbacks; one takes the place of an attached one of its class, unless it is `many`."
@@ -295,8 +299,12 @@ class Emitter:
 
     def emit(self, event: str) -> None:
         "Call what acts at `event`, in order."
-        for act in self._on[event]:
-            act(self)
+        for act, account in self._on[event]:
+            was = self.ledger.switch(account)
+            try:
+                act(self)
+            finally:
+                self.ledger.switch(was)
 
     def show_loop(self) -> None:
         "Print the loop with the callbacks that act at each event, in order."
@@ -309,11 +317,14 @@ class Scopes(Emitter):
     def _cleanup(self, event: str) -> None:
         "Call everybody, whoever fails; then raise what the first one failed with."
         first: BaseException | None = None
-        for act in self._on[event]:
+        for act, account in self._on[event]:
+            was = self.ledger.switch(account)
             try:
                 act(self)
             except BaseException as error:
                 first = first or error
+            finally:
+                self.ledger.switch(was)
         if first is not None:
             raise first
 

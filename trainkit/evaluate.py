@@ -236,7 +236,8 @@ class Measure(Hooks):
             self.results = results if record else {}
             self.record(self.results)
 
-        return results if self._scope(what, body, CancelValidate) else {}
+        with self.ledger.on({"validate": "validation", "test": "test"}[what]):
+            return results if self._scope(what, body, CancelValidate) else {}
 
 # %% ../nbs/24_evaluate.ipynb #c07e7bb0
 class Predict(Measure):

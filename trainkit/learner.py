@@ -291,6 +291,7 @@ class Begun(Ended):
             self._fitting, self._trainer = True, threading.get_ident()
         self._stopping, self.paused, self._free, self._last_epoch, self._pace = None, False, None, False, Pace(self.step)
         self._started = False
+        self.ledger.begin("the loop", self.step)
 
     def _finish(self) -> None:
         try:
@@ -305,6 +306,7 @@ class Begun(Ended):
 
     def _tidy_up(self) -> None:
         self._pace.hold()
+        self.ledger.switch("")
         self.batch = self.pred = self.loss = self._raw = self._rng = None
         self._ticking, self._moving = {}, {}
         try:

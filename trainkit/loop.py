@@ -53,7 +53,7 @@ class Turns(Travel):
         "The batch is done; the loop says what belongs to the step."
 
     def _take_turn(self, player: Player) -> None:
-        self._frozen = freeze(self._others[player.name])
+        was, self._frozen = self.ledger.switch(player.account), freeze(self._others[player.name])
         try:
             self.player = player
             self._scope("turn", lambda: self._turn(player), CancelTurn)
@@ -62,6 +62,7 @@ class Turns(Travel):
             if not player.window:
                 drop_gradients(player)
             self.player, self.pred, self.loss, self.targets = None, None, None, ()
+            self.ledger.switch(was)
 
 # %% ../nbs/26_loop.ipynb #d9375456
 class Descent(Turns):
@@ -322,7 +323,11 @@ class Loop(Followed):
     def _next_batch(self) -> Any:
         if not self.stream.at_end:
             self._heed()
-        return self.stream.next_batch()
+        was = self.ledger.switch("data")
+        try:
+            return self.stream.next_batch()
+        finally:
+            self.ledger.switch(was)
 
     def _epoch(self) -> None:
         if self.owed:

@@ -156,7 +156,7 @@ class PlayerPlan:
     ):
         if not isinstance(name, str) or not name or "/" in name:
             raise ValueError(f"a player's name is a non-empty string without '/'; received {name!r}")
-        self.name, self.step = name, step
+        self.name, self.step, self.account = name, step, f"{name}'s turn"  # under that name its time is kept
         self.every, self.accumulate = whole_batches(name, "every", every), whole_batches(name, "accumulate", accumulate)
         self.modules = named_modules(name, modules)
         self.terms = checked_terms(name, as_terms(loss) if loss is not None else [], weights)

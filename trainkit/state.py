@@ -324,8 +324,9 @@ class Save(Scored):
         if self.player is not None:
             raise RuntimeError(f"can't save in the middle of player {self.player.name!r}'s turn; save between two steps")
         try:
-            self._own_run()
-            return self._write(note, pin, background)
+            with self.ledger.on("checkpoint"):
+                self._own_run()
+                return self._write(note, pin, background)
         finally:
             if not self._fitting:  # a fit keeps it locked until it ends
                 self._store().unlock()

@@ -27,6 +27,7 @@ from .knobs import CadenceKnob, declared_of, knob, numbers_of
 from .loop import Jump, Loop, Pause, Target
 from .schedule import Knob
 from .status import Pace, status_of
+from .timings import Timings, timings_of
 from .travel import Loaded
 
 # %% auto #0
@@ -276,12 +277,13 @@ class Heeding(Commanded):
 
     def _listen(self) -> None:
         "Let those who bring commands look for some."
-        self._hearing = True
+        self._hearing, was = True, self.ledger.switch("commands")
         try:
             for listener in self._listeners:
                 listener.poll()
         finally:
             self._hearing = False
+            self.ledger.switch(was)
         self._pace.look(self.step)
         self._next_look = time.monotonic() + 0.02
 
@@ -290,7 +292,8 @@ class Heeding(Commanded):
         while (command := self.queue.take(self.step, self.epoch)) is not None:
             self._obeying = True
             try:
-                self._do(command)
+                with self.ledger.on("commands"):
+                    self._do(command)
             finally:
                 self._obeying = False
             if command.name == "restore" and command.error is None:
@@ -311,13 +314,14 @@ class Heeding(Commanded):
 
     def _hold(self) -> None:
         "Wait for commands until one says to go on."
-        before, self.state = self.state, "paused"
+        before, self.state, was = self.state, "paused", self.ledger.switch("paused")
         self._pace.hold()
         try:
             self._scope("pause", self._wait, CancelPause)
         finally:
             self.state = before if self.state == "paused" else self.state
             self._pace.go_on()
+            self.ledger.switch(was)
         self.paused = False
         if self._free is not None:
             self._free -= 1
@@ -470,6 +474,10 @@ class Steered(Remembering, ByName):
     def controls(self) -> list[Control]:
         "Every number that can be moved now."
         return controls(self)
+
+    def timings(self) -> Timings:
+        "Where the time of the running fit goes, or of the last one went (what a device does meanwhile is not waited for)."
+        return timings_of(self.ledger, self.step)
 
     def status(self) -> dict[str, Any]:
         "How the run stands, as plain JSON."

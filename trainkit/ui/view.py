@@ -48,6 +48,7 @@ class View(Callback):
 
     order = 91  # behind everything that records, and what saves
     probing = False  # a trial run is nothing to show
+    account = "views"
     off = False  # set by the first error
     begins = "before_fit"  # its first event of a fit
 
