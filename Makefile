@@ -1,6 +1,7 @@
 # make demo   train the quickstart and watch it in the terminal; leaves report/
 # make lab    the same, live, in JupyterLab
 # make test   everything CI checks
+# make bench  measure trainkit beside loops by hand and other toolkits; tables in benchmarks/results/ (minutes)
 # make export trainkit/ and README.md from the notebooks
 # make clean  remove what the others made, the environment included
 
@@ -19,7 +20,7 @@ unexport PYTHONHOME PYTHONPATH
 
 headline = @printf '\n== %s\n' '$(1)'
 
-.PHONY: test-kernels help demo lab test export clean drift unclean readme lint types notebooks unit browser chromium
+.PHONY: bench test-kernels help demo lab test export clean drift unclean readme lint types notebooks unit browser chromium
 
 help:
 	@sed -n '1,/^$$/s/^# //p' Makefile
@@ -50,7 +51,7 @@ export: $(STAMP)
 	@$(BIN)/python tools/nb.py readme
 
 clean:
-	rm -rf $(VENV) report runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-bench report runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # --- checking it: `make test` is all of these, in this order, up to the first that fails
@@ -96,6 +97,24 @@ test-kernels: export OMP_NUM_THREADS := 1
 test-kernels: $(STAMP)
 	$(call headline,tests with several versions of ipykernel)
 	@$(BIN)/python tools/kernels.py $(KERNEL_TESTS)
+
+# not part of `make test` either: the peers go into an environment of their own, on top of this one
+BENCHMARKS ?= loop optim gan imports checkpoints growth loaders syncs bytes view
+PEERS := $(VENV)-bench/.installed
+
+$(PEERS): $(STAMP) benchmarks/constraints.txt
+	$(call headline,installing the peers into $(VENV)-bench)
+	@test -x $(VENV)-bench/bin/python || $(BIN)/python -m venv $(VENV)-bench
+	@echo '*' > $(VENV)-bench/.gitignore
+	@$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+		> $$($(VENV)-bench/bin/python -c 'import site; print(site.getsitepackages()[0])')/trainkit.pth
+	@$(VENV)-bench/bin/python -m pip install -qq --disable-pip-version-check --no-deps -r benchmarks/constraints.txt
+	@touch $@
+
+bench: export OMP_NUM_THREADS := 1
+bench: $(PEERS)
+	$(call headline,benchmarks)
+	@for name in $(BENCHMARKS); do $(VENV)-bench/bin/python -m benchmarks.$$name || exit 1; done
 
 browser: chromium $(STAMP)
 	$(call headline,tests in a browser)

@@ -24,7 +24,7 @@ from trainkit.gan.doctor import Alarm, Doctor
 from trainkit.gan.learner import GANLearner
 from trainkit.history import History
 from trainkit.ui import dashboard as module
-from trainkit.ui.dashboard import Dashboard, dashboard, last_words
+from trainkit.ui.dashboard import SHARE, Dashboard, dashboard, last_words
 from trainkit.ui.live import Sketch, Ticker, encode, epochs_table, status_from
 from trainkit.ui.progress import Status, Table, Tracker
 from trainkit.ui.samples import Samples
@@ -324,9 +324,9 @@ def test_smoothing_and_refresh_belong_to_the_display(cells):
     smooth, refresh = board.live.stage.sliders[0].children
     smooth.value, refresh.value = 0.99, 0.25
     drawing = board.live.drawing
-    assert drawing.sketch.smooth == 0.99 and drawing.pictures.every == 0.25 and drawing.pictures.share == pytest.approx(0.12)
+    assert drawing.sketch.smooth == 0.99 and drawing.pictures.every == 0.25 and drawing.pictures.share == pytest.approx(8 * SHARE)
     refresh.value = 30.0
-    assert (drawing.pictures.every, drawing.pictures.share) == (30.0, 0.015) and len(run.journal.entries) == 0
+    assert (drawing.pictures.every, drawing.pictures.share) == (30.0, SHARE) and len(run.journal.entries) == 0
     run.state = "stopped"
     run.emit("cleanup_fit")
 

@@ -62,6 +62,13 @@ def test_moments_add_up_in_any_grouping(sizes, d, shift):
             torch.testing.assert_close(m.cov, x.T.cov().reshape(d, d), rtol=1e-7, atol=1e-8)
 
 
+@pytest.mark.parametrize("mean, cov, n", [(torch.zeros(3), torch.eye(2), 5), (torch.zeros(2, 1), torch.eye(2), 5),
+                                          (torch.zeros(2), torch.eye(2), 1), (torch.zeros(2), torch.zeros(2), 5)])
+def test_known_moments_that_cannot_be(mean, cov, n):
+    with pytest.raises(ValueError, match=r"a mean \(D,\), a covariance \(D, D\)"):
+        Moments.known(mean, cov, n)
+
+
 def test_moments_refuse_what_does_not_fit():
     with pytest.raises(ValueError, match="of 2 and of 3 features"):
         moments_of(torch.ones(4, 2)) + moments_of(torch.ones(4, 3))

@@ -133,6 +133,42 @@ def test_a_look_waits_for_the_player_who_moves_seldom():
     assert learn.history.scalars["doctor/pace"][0].tolist() == [6, 9, 12]  # due at 4, 8, 12
 
 
+def test_translations_have_gauges():
+    "Of examples instead of noise; what the discriminator is told besides are images, no labels."
+    from trainkit.gan.pairs import Joined, Pix2PixLearner
+
+    d = nn.Sequential(nn.Linear(6, 8), nn.LeakyReLU(0.2), nn.Linear(8, 1), nn.Flatten(0))
+    data = TensorDataset(X, X.flip(1))
+    learn = Pix2PixLearner(nn.Linear(3, 3), Joined(d), DataLoader(data, 8, shuffle=True), cbs=[doctor := Doctor(every=2, n=16)],
+                           seed=0, front="none")  # fmt: skip
+    learn.fit(steps=6)
+    expected = spread(learn.generator(X[:16]).detach()).item()
+    assert doctor.last["diversity"] * doctor.real == pytest.approx(expected, rel=1e-5)
+    assert {"separation", "gap", "pace", "roaming"} <= doctor.last.keys()
+
+
+def test_several_discriminators_of_one_player_are_read_by_the_first():
+    from trainkit.gan.several import GMANLearner
+
+    def judge():
+        return nn.Sequential(nn.Linear(3, 8), nn.LeakyReLU(0.2), nn.Linear(8, 1), nn.Flatten(0))
+
+    learn = GMANLearner(nn.Linear(2, 3), [judge(), judge()], DataLoader(TensorDataset(X), 8), latent=2, together=True,
+                        cbs=[doctor := Doctor(every=2, n=8)], front="none")  # fmt: skip
+    learn.fit(steps=4)
+    assert 0.5 <= doctor.last["separation"] <= 1 and math.isfinite(doctor.last["diversity"])
+
+
+def test_an_autoencoder_is_no_patient():
+    "Its discriminator judges codes, and its player `generator` is the encoder."
+    from trainkit.gan.aae import AAELearner
+
+    nets = nn.Linear(3, 1), nn.Linear(1, 3), nn.Sequential(nn.Linear(1, 1), nn.Flatten(0))
+    learn = AAELearner(*nets, DataLoader(TensorDataset(X), 8), latent=1, cbs=[Doctor()], front="none")
+    with pytest.raises(ValueError, match="reads a GANLearner.*received AAELearner"):
+        learn.fit(steps=1)
+
+
 def test_copies_are_found():
     originals = Originals(None, X[:32], X[32:])
     assert originals.readings(X[:32])["near_copies"] == 1.0 and originals.readings(X[:32] + 50)["near_copies"] == 0.0
@@ -282,3 +318,26 @@ def test_going_back_to_before_the_trouble(tmp_path):
     assert alarm.step == 8 and alarm.command == "restore" and alarm.values["which"].startswith("5")
     doctor.apply(alarm)
     assert learn.step == 5 and not doctor.alarms and learn.journal.entries[-1].source == "doctor"
+
+
+# --- the benchmark, shortened
+
+
+@pytest.mark.parametrize("title,steps", [("moons, hinge + R1", 1300), ("moons, D 500 times as fast", 300),
+                                         ("five Gaussians, G in each fiftieth batch", 300)])  # fmt: skip
+def test_runs_that_did_not_calibrate_it(title, steps):
+    from dataclasses import replace
+
+    from benchmarks.doctor import FAILING, HEALTHY, outcome, row
+
+    run = replace(next(run for run in (*HEALTHY, *FAILING) if run.title == title), steps=steps)
+    found = outcome(run, (7,))
+    assert found.right == 1, found
+    assert (found.off[0] < 0.1) == (run in HEALTHY or not run.expected) and title in row(found)
+
+
+def test_distance_to_the_data():
+    from benchmarks.doctor import moons, off_by
+
+    a, b = moons(800, 0), moons(800, 1)
+    assert abs(off_by(a, b)) < 0.01 and off_by(a, b + 100) > 0.95 and math.isnan(off_by(a * math.nan, b))

@@ -171,6 +171,22 @@ def test_extreme_logits_stay_finite(name, size):
     assert total.isfinite() and real.grad.isfinite().all() and fake.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("loss", [*map(L.get_loss, NAMES), L.RelativisticAverage(L.Hinge()), BoundaryEquilibrium(k=0.5)], ids=str)
+def test_half_precision_logits_are_counted_in_float32(loss, dtype):
+    "The mean of logits near 100 is off by up to a half in bfloat16, and the square of 1e4 is infinite in float16."
+    torch.manual_seed(0)
+    real, fake = ((100 + 3 * torch.randn(64)).to(dtype).requires_grad_() for _ in range(2))
+    for mine, expected in ((loss.discriminator(real, fake), loss.discriminator(real.double(), fake.double())),
+                           (loss.generator(fake, real), loss.generator(fake.double(), real.double()))):  # fmt: skip
+        assert mine.dtype == torch.float32 and expected.dtype == torch.float64
+        torch.testing.assert_close(mine.double(), expected, rtol=1e-5, atol=1e-5)
+        mine.backward()
+    assert fake.grad.dtype == dtype
+    huge = torch.full((2,), 1e4, dtype=dtype)
+    assert loss.discriminator(huge, -huge).isfinite() and loss.generator(-huge, huge).isfinite()
+
+
 def test_objects_are_values_with_both_methods():
     for name in NAMES:
         assert isinstance(L.get_loss(name), L.GANLoss) and L.get_loss(name) == L.get_loss(name)
@@ -252,7 +268,7 @@ class Judge(nn.Module):
     def forward(self, x, labels=None):
         return self.real(self.body(x)).flatten()
 
-    def features(self, x):
+    def features(self, x, labels=None):
         return self.body(x)
 
     def classify(self, x):
@@ -396,7 +412,7 @@ def test_k_survives_a_restore_bit_for_bit(tmp_path, accumulate):
 
 
 def test_equilibrium_refuses_what_it_cant_mean():
-    for bad in (dict(gamma=-0.1), dict(gamma=2), dict(rate=-1), dict(k=1.5), dict(k=float("nan"))):
+    for bad in (dict(gamma=-0.1), dict(gamma=2), dict(rate=-1), dict(k=1.5), dict(k=float("nan")), dict(k="0"), dict(k=True)):
         with pytest.raises(ValueError, match=next(iter(bad))):
             BoundaryEquilibrium(**bad)
     with pytest.raises(ValueError, match="critic"):
@@ -460,6 +476,61 @@ def test_mutual_information_reaches_generator_and_q():
     assert series[-20:].mean() < entropy  # the bound of the mutual information is above 0
     with pytest.raises(ValueError, match="weren't made from Codes"):
         MutualInformation(Codes())(view())
+
+
+def test_codes_are_those_that_the_round_was_made_from():
+    "Whoever draws codes in between changes nothing."
+    codes = Codes(1, (3,), 1)
+    z, d = codes(5), Judge(codes.parameters)
+    codes(5)
+    r = Round(None, d, POINTS[:5], POINTS[5:10], noise=z)
+    torch.testing.assert_close(MutualInformation(codes)(r), code_surprise(d.codes(r.fake), z, codes))
+    for bad in (z[:4], z[:, 1:], "z"):
+        with pytest.raises(ValueError, match="weren't made from Codes"):
+            MutualInformation(codes)(Round(None, d, POINTS[:5], POINTS[5:10], noise=bad))
+
+
+@pytest.mark.parametrize("size", [1e4, -1e4, 100.0, -100.0])
+def test_a_q_that_is_too_sure_has_a_gradient(size):
+    codes = Codes(1, (3,), 2)
+    z, said = codes(4), torch.full((4, codes.parameters), size, requires_grad=True)
+    value = code_surprise(said, z, codes)
+    value.backward()
+    assert value.isfinite() and said.grad.isfinite().all() and said.grad[:, 3:].abs().sum() > 0
+
+
+class Telling(Judge):
+    "Says everything in one forward."
+
+    def forward(self, x, labels=None):
+        h = self.body(x)
+        return self.real(h).flatten(), {"features": h, "classes": self.head(h), "codes": self.head(h)}
+
+
+class Labelled(nn.Sequential):
+    def forward(self, z, labels):
+        return super().forward(z)
+
+
+def test_terms_ask_for_nothing_that_was_said_already():
+    "The generator's turn needs one forward more than the loss, for the features of the real points."
+    counts, series = [], []
+    for judge in Judge, Telling:
+        codes, ac, forwards = Codes(1, (), 1), AuxiliaryClassifier(), {"generator": 0, "discriminator": 0}
+        mi = MutualInformation(codes)
+        torch.manual_seed(0)
+        learn = GANLearner(Labelled(nn.Linear(codes.width, 2)), judge(2), [(x, x[:, 0].gt(0).long()) for x in POINTS.split(8)],
+                           latent=codes, labels="dataset", discriminator_labels=False, opt="adam", front="none", seed=0,
+                           discriminator_terms={"class": ac.discriminator, "codes": mi},
+                           generator_terms={"class": ac.generator, "codes": mi, "matching": FeatureMatching(),
+                                            "pull": PullingAway("features")})  # fmt: skip
+        learn.discriminator.body.register_forward_hook(lambda *_: forwards.update(
+            {learn.player.name: forwards[learn.player.name] + 1}))
+        learn.fit(steps=1)
+        counts.append(forwards)
+        series.append({name: values.tolist() for name, (_, values) in learn.history.scalars.items()})
+    assert counts == [{"generator": 6, "discriminator": 5}, {"generator": 2, "discriminator": 2}]
+    assert series[0] == series[1]
 
 
 def test_codes_that_cant_be_meant():

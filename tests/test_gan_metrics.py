@@ -85,6 +85,25 @@ def test_a_broken_image_shows_and_reset_forgets_it():
     assert score.compute() == pytest.approx(2)
 
 
+def test_the_score_says_how_many_and_how_sure():
+    "The error is that of repetition."
+    torch.manual_seed(0)
+    scores = [score_of(2 * torch.randn(400, 5), nn.Identity(), splits=8) for _ in range(60)]
+    spread, said = torch.tensor(scores).std(), torch.tensor([s.error for s in scores]).mean()
+    assert 0.7 < said / spread < 1.4
+    alone = score_of(torch.randn(30, 5), nn.Identity())
+    assert scores[0].n_fake == 400 and alone.n_fake == 30 and alone.error != alone.error
+
+
+def test_logits_are_no_probabilities():
+    "torchgan took logits here; ours does in `ClassifierScore`."
+    good = torch.eye(3)[[0, 1, 2, 0]]
+    for bad in (torch.tensor([1.0, 2.0, 3.0]), torch.tensor([-0.5, 1.0, 0.5]), torch.tensor([0.3, 0.3, 0.3])):
+        with pytest.raises(ValueError, match="1 of 5 rows are no probabilities"):
+            classifier_score(torch.cat([good, bad[None]]))
+    assert classifier_score(torch.full((4, 3), 1 / 3).half()).item() == pytest.approx(1, abs=1e-3)
+
+
 def test_float64_sums_do_not_drift():
     score, part = ClassifierScore(nn.Identity()), torch.tensor([[2.0, 0.0], [0.0, 3.0]])
     for _ in range(3000):

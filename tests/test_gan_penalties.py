@@ -159,19 +159,44 @@ def test_partial_batches_labels_and_layouts(penalty):
     assert plain.shape == () and plain > 0
 
 
-def test_float32_under_autocast_and_for_half_precision_images():
+def value_and_gradients(penalty, D, real, fake, scale=1.0):
+    torch.manual_seed(1)
+    D.zero_grad()
+    value = penalty(D, real, fake)
+    (scale * value).backward()
+    return value.detach(), [p.grad / scale for p in D.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_float32_under_autocast_and_for_half_precision_images(dtype):
     torch.manual_seed(0)
     D = models.DCGANDiscriminator(16, 1, 2, batchnorm=False)
     real, fake = torch.randn(4, 1, 16, 16), torch.randn(4, 1, 16, 16)
     for penalty in ALL:
-        torch.manual_seed(1)
-        plain = penalty(D, real, fake)
-        torch.manual_seed(1)
-        with torch.autocast("cpu", torch.bfloat16):
-            mixed = penalty(D, real, fake)
+        plain, grads = value_and_gradients(penalty, D, real, fake)
+        with torch.autocast("cpu", dtype):
+            assert D(real).dtype == dtype  # the weights are in autocast's cache now
+            mixed, mixed_grads = value_and_gradients(penalty, D, real, fake)
             assert torch.is_autocast_enabled("cpu")
-        assert mixed.dtype == torch.float32 and torch.equal(mixed, plain)
-        assert penalty(D, real.bfloat16(), fake.bfloat16()).dtype == torch.float32
+        assert mixed.dtype == torch.float32 and torch.equal(mixed, plain) and all(map(torch.equal, grads, mixed_grads))
+        assert penalty(D, real.to(dtype), fake.to(dtype)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("penalty", ALL, ids=by_name)
+def test_a_grad_scaler_scales_the_penalty_once(penalty):
+    "The slope inside is not scaled, so a scaled penalty has gradients that unscaling puts right."
+    torch.manual_seed(0)
+    D, images = models.DCGANDiscriminator(16, 1, 2, batchnorm=False), torch.randn(2, 4, 1, 16, 16)
+    _, plain = value_and_gradients(penalty, D, *images)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    with torch.autocast("cpu", torch.float16):
+        torch.manual_seed(1)
+        D.zero_grad()
+        scaler.scale(penalty(D, *images)).backward()
+    opt = torch.optim.SGD(D.parameters())
+    scaler.unscale_(opt)
+    for p, expected in zip((p for p in D.parameters() if p.grad is not None), plain):
+        torch.testing.assert_close(p.grad, expected)
 
 
 @pytest.mark.parametrize("penalty", ALL, ids=by_name)
@@ -228,6 +253,59 @@ def test_a_compiled_discriminator_gives_the_same(wrapped):
         expected.backward()
         torch.testing.assert_close(net.get_parameter("_orig_mod.0.weight" if wrapped else "0.weight").grad, plain[0].weight.grad)
     assert uncompiled(torch.relu) is torch.relu
+
+
+class Critic(nn.Sequential):
+    "Code of ours, or there is nothing that `compile()` in place would compile."
+
+    def forward(self, x):
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("what", ["a part", "a function", "in place"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_parts_and_functions_give_the_same_and_stay_compiled(what, backend):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    net, images = Critic(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1)), torch.randn(2, 5, 6)
+    expected = [value_and_gradients(penalty, net, *images) for penalty in ALL]
+    compiled = 0
+
+    def counting(graph, inputs):
+        nonlocal compiled
+        compiled += 1
+        return torch._dynamo.lookup_backend(backend)(graph, inputs)
+
+    if what == "in place":
+        net.compile(backend=counting)
+    elif what == "a part":
+        net[0] = torch.compile(net[0], backend=counting)
+    called = torch.compile(lambda x: net(x), backend=counting) if what == "a function" else net
+    called(images[0]).sum().backward()
+    assert compiled == 1
+    for penalty, (value, grads) in zip(ALL, expected):
+        torch.manual_seed(1)
+        net.zero_grad()
+        mine = penalty(called, *images)
+        mine.backward()
+        torch.testing.assert_close(mine.detach(), value)
+        torch.testing.assert_close([p.grad for p in net.parameters() if p.grad is not None], grads)
+    called(images[0]).sum().backward()
+    assert compiled == 1  # nothing was compiled for the penalties, and nothing anew afterwards
+
+
+def test_a_discriminator_that_says_more_and_one_that_says_nothing():
+    x, y, w = torch.randn(4, 3), torch.randn(4, 3), torch.tensor([3.0, 0, 4])
+    for penalty in ALL:
+        torch.manual_seed(1)
+        plain = penalty(lambda x: x @ w, x, y)
+        torch.manual_seed(1)
+        assert torch.equal(penalty(lambda x: (x @ w, {"features": x}), x, y), plain)
+        for said in {"logits": 1}, 3.0, ():
+            with pytest.raises(TypeError, match="a discriminator returns logits, or"):
+                penalty(lambda x, said=said: said, x, y)
+        with pytest.raises(ValueError, match="have no slope"):
+            penalty(lambda x: torch.ones(4), x, y)
 
 
 POINTS = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))

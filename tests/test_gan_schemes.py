@@ -210,6 +210,72 @@ def test_samples_change_nothing(name):
         assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
 
 
+def weighted(learn, name):
+    "What a player's loss on record should be, from its terms' values and weights."
+    player = learn.player_named(name)
+    return sum(player.weights.get(t, 1.0) * learn.history.last(f"train/{name}/{t}") for t in player.seen)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_weights_and_cadence_are_set_while_it_trains(name):
+    learn, last = make(name), make(name).players[-1].name
+    several = [p.name for p in learn.players if len(p.weights) > 1]
+    called = getattr(learn, "cadences", {}).get(last, "every")
+
+    def turn(learn):
+        if learn.step == 3:
+            for player in several:
+                learn.set(f"weights.{[*learn.player_named(player).weights][-1]}", 0.125, player=player)
+            learn.set(called, 4, player=last)
+
+    learn.add(On("after_batch", turn))
+    learn.fit(steps=12)
+    for player in several:
+        assert 0.125 in learn.player_named(player).weights.values()
+        found = learn.history.last(f"train/{player}/loss")
+        assert math.isclose(found, weighted(learn, player), rel_tol=1e-4, abs_tol=1e-5)
+    assert learn.player_named(last).updates == 3 // make(name).player_named(last).every + 3  # then in steps 4, 8 and 12
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_resume_in_low_precision_with_gathered_gradients(name, tmp_path):
+    gathered = {"accumulate": 3}
+    if name in ("InfoGAN", "AAE"):  # whose players share parameters, and can't both leave a gradient there
+        with pytest.raises(ValueError, match="their gradients would mix"):
+            make(name, **gathered)
+        gathered = {}
+    resumes(lambda run: make(name, run, precision="bf16", **gathered), tmp_path, steps=7, at=(4,))
+
+
+@pytest.mark.parametrize("name", ["gan, both at once", "InfoGAN", "CycleGAN"])
+def test_compiled_it_trains_the_same(name):
+    plain, compiled = make(name), make(name, compile={"backend": "eager"})
+    for learn in plain, compiled:
+        learn.fit(steps=3)
+    for a, b in zip(plain.players, compiled.players):
+        assert all(torch.allclose(p, q, atol=1e-5) for p, q in zip(a.parameters(), b.parameters()))
+
+
+@pytest.mark.parametrize("name,kept", [("gan", "_kept"), ("GMAN", "_shared"), ("CycleGAN", "_made")])
+@pytest.mark.parametrize("error", [CancelTurn, CancelBatch, ValueError])
+def test_nothing_is_kept_for_the_next_batch(name, kept, error):
+    "What one player leaves for the next belongs to one batch, however that ended."
+    learn, seen = make(name, **({"reuse_forward": True} if name == "gan" else {})), []
+
+    def strike(learn):
+        seen.append(getattr(learn, kept) is not None)
+        if learn.player is learn.players[-1]:
+            raise error
+
+    learn.add(On("before_turn", strike))
+    if error is ValueError:
+        with pytest.raises(ValueError):
+            learn.fit(steps=1)
+    else:
+        learn.fit(steps=2)
+    assert any(seen) and getattr(learn, kept) is None
+
+
 # --- against loops written by hand ------------------------------------------------------------------------------------
 
 
@@ -746,6 +812,134 @@ def test_translations():
     assert not torch.equal(cycle.translate(A), cycle.translate(A, to="a"))
 
 
+IMAGES = TensorDataset(torch.rand(20, 1, 16, 16, generator=G) * 2 - 1, torch.rand(20, 3, 8, 8, generator=G) * 2 - 1)
+
+
+class Resized(nn.Sequential):
+    "Pictures of one size and colour from those of another."
+
+    def __init__(self, n_in, n_out, size):
+        super().__init__(nn.Conv2d(n_in, n_out, 3, padding=1), nn.Dropout(0.5), nn.Upsample(size=size), nn.Tanh())
+
+
+class Noisy(Resized):
+    "With noise of its own, in use, too."
+
+    def forward(self, x):
+        return super().forward(x + 0.5 * torch.randn_like(x))
+
+
+def patches(n):
+    return nn.Sequential(nn.Conv2d(n, 4, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(4, 1, 3, 1, 1))
+
+
+class Apart(nn.Module):
+    "Judges a picture by what it is about, of another size."
+
+    def __init__(self):
+        super().__init__()
+        self.net = patches(4)
+
+    def forward(self, x, about):
+        return self.net(torch.cat([x, F.interpolate(about, x.shape[2:])[:, :1]], 1)).mean((1, 2, 3))
+
+
+def translating(name, data=None, **kw):
+    torch.manual_seed(0)
+    data = DataLoader(IMAGES, batch_size=4, shuffle=True) if data is None else data
+    if name == "CycleGAN":
+        return CycleGANLearner(Noisy(1, 3, 8), Noisy(3, 1, 16), patches(1), patches(3), data, identity=0.0, pool=6, **KW,
+                               **kw)  # fmt: skip
+    if name == "MetricGAN":
+        score = lambda a, b: 1 - (a - b).abs().flatten(1).mean(1) / 2  # noqa: E731
+        return MetricGANLearner(Noisy(1, 3, 8), Score(), data, score, **KW, **kw)
+    return Pix2PixLearner(Noisy(1, 3, 8), Apart(), data, **KW, **kw)
+
+
+class Score(nn.Module):
+    "Of a picture, by what it should be; MetricGAN asks for that of inputs, too."
+
+    def __init__(self):
+        super().__init__()
+        self.net = patches(6)
+
+    def forward(self, x, reference):
+        return self.net(torch.cat([x, reference], 1)).mean((1, 2, 3))
+
+
+TRANSLATING = ["pix2pix", "MetricGAN", "CycleGAN"]
+
+
+@pytest.mark.parametrize("name", TRANSLATING)
+def test_fixed_pictures_of_translations(name):
+    learn = translating(name)
+    a, b = IMAGES.tensors
+    picture = learn.sample_fixed()
+    assert picture.shape == (56, 3, 16, 16) and torch.equal(picture, learn.sample_fixed())
+    rows = picture.reshape(7, 8, 3, 16, 16)
+    assert torch.equal(rows[0], a[:8].expand(-1, 3, -1, -1)) and (rows[3] == 1).all()
+    if name == "CycleGAN":
+        assert torch.equal(rows[4], F.interpolate(b[:8], (16, 16)))
+        other = learn.there, learn.back
+    else:
+        assert torch.equal(rows[2], F.interpolate(b[:8], (16, 16))) and torch.equal(rows[4], a[8:16].expand(-1, 3, -1, -1))
+        other = (learn.generator,)
+    for made in (1, 2, 5, 6) if name == "CycleGAN" else (1, 5):
+        assert (rows[made] != 1).any() and (rows[made] != rows[0]).any()
+    learn.fit(steps=3)
+    again = learn.sample_fixed().reshape(7, 8, 3, 16, 16)
+    assert torch.equal(again[0], rows[0]) and not torch.equal(again[1], rows[1])
+    assert all(net.training for net in other)
+
+
+@pytest.mark.parametrize("name", TRANSLATING)
+def test_looking_at_translations_changes_nothing(name):
+    looked, alone = translating(name), translating(name)
+    looked.add(On("after_batch", lambda learn: learn.sample_fixed()))
+    looked.fit(steps=4)
+    alone.fit(steps=4)
+    for p, q in zip(looked.players, alone.players):
+        assert all(torch.equal(a, b) for a, b in zip(p.parameters(), q.parameters()))
+
+
+@pytest.mark.parametrize("name", TRANSLATING)
+def test_live_samples_and_thumbnails_of_translations(name, tmp_path):
+    from trainkit.ui.samples import Samples
+    from trainkit.ui.thumbnails import Thumbnails
+
+    learn = translating(name, run=tmp_path / "run", cbs=[Samples(live=False), Thumbnails()])
+    learn.fit(steps=5)
+    learn.send("sample")
+    step, picture = learn.history.media["samples"][-1]
+    assert step == 5 and picture.shape == (7 * 18 + 2, 8 * 18 + 2, 3)
+    learn.save()
+    (entry, *_) = learn.checkpoints.list()
+    assert entry.thumbnail and entry.thumbnail[:4] == b"\x89PNG"
+
+
+def test_examples_are_the_ones_given_or_the_held_out_ones():
+    a, b = IMAGES.tensors
+    held_out = TensorDataset(a[10:], b[10:])
+    learn = translating("pix2pix", {"train": DataLoader(IMAGES, 4, shuffle=True), "valid": DataLoader(held_out, 4)})
+    assert torch.equal(learn.sample_fixed()[:8, :1], a[10:18])
+    learn = translating("pix2pix", examples=a[5:8])  # inputs alone: no row of targets
+    assert learn.sample_fixed().shape == (16, 3, 16, 16) and torch.equal(learn.sample_fixed()[:3, :1], a[5:8])
+    assert learn.sample(2).shape == (2, 3, 8, 8)
+    learn = translating("CycleGAN", examples=(a[:3], b[:3]))
+    assert (learn.sample_fixed().reshape(7, 8, 3, 16, 16)[:, 3:] == 1).all()
+    batches = [(a[:4], b[:4]), (a[4:8], b[4:8])]
+    assert torch.equal(translating("CycleGAN", batches).sample_fixed()[:4, :1], a[:4])
+
+
+def test_a_stream_has_no_fixed_examples_and_loses_no_batch():
+    a, b = IMAGES.tensors
+    stream = iter([(a[:4], b[:4])])
+    learn = translating("pix2pix", stream)
+    with pytest.raises(ValueError, match="its data have no fixed examples: give it examples="):
+        learn.sample_fixed()
+    assert next(stream)[0].shape == (4, 1, 16, 16)
+
+
 def test_judges_need_labels_only_if_they_take_them():
     class Labelled(nn.Module):
         def __init__(self):
@@ -773,11 +967,13 @@ def test_judges_need_labels_only_if_they_take_them():
     (lambda: MetricGANLearner(plain(), flat(), PAIRS, **KW), "needs metric="),
     (lambda: MetricGANLearner(plain(), Joined(flat(4)), PAIRS, lambda a, b: 1.0, **KW).fit(1), "score for each of the 8"),
     (lambda: Pix2PixLearner(plain(), Joined(flat(4)), BATCHES, **KW).fit(1), "learns from pairs"),
-    (lambda: Pix2PixLearner(plain(), Joined(flat(4)), PAIRS, **KW).sample(2), "makes nothing from noise"),
+    (lambda: Pix2PixLearner(plain(), Joined(flat(4)), **KW).sample(2), "makes nothing from noise"),
+    (lambda: CycleGANLearner(plain(), plain(), flat(), flat(), **KW).sample_fixed(), "makes nothing from noise"),
     (lambda: CycleGANLearner(plain(), plain(), flat(), flat(), BATCHES, **KW).fit(1), r"takes batches \(a, b\)"),
     (lambda: CycleGANLearner(plain(), plain(), flat(), flat(), PAIRS, pool=-1, **KW), "received -1"),
     (lambda: Unpaired([], [1]), "received 0 and 1"),
     (lambda: find_loss("nowhere.Loss"), "can't be found"),
+    (lambda: find_loss("begam"), "unknown GAN loss 'begam'; .*: began"),
     (lambda: GANLearner(plain(), nn.LSTM(2, 2), BATCHES, latent=2, **KW).fit(1), r"logits, or \(logits, \{name: tensor\}\)"),
 ])  # fmt: skip
 def test_bad_arguments(build, message):

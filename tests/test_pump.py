@@ -221,9 +221,60 @@ def test_statuses_and_outputs_belong_to_the_click_and_then_to_the_cell(kernel):
     cell = kernel.start("polling(lambda: threads); print('from the cell')")
     click = kernel.click("hello")
     assert kernel.text(cell) == "from the cell\n"
-    assert kernel.output(click) == [("status", "busy"), ("stream", "from the click\n"), ("status", "idle")]
+    assert kernel.output(click) == [("stream", "from the click\n"), ("status", "idle")]
     story = [(parent, text) for parent, kind, text in kernel.iopub if kind == "status" and parent in (cell, click)]
-    assert story == [(cell, "busy"), (click, "busy"), (click, "idle"), (cell, "busy"), (cell, "idle")]
+    assert story == [(cell, "busy"), (click, "idle"), (cell, "busy"), (cell, "idle")]
+
+
+@pytest.fixture
+def patient(kernel):
+    "Answers that would wait for ever."
+    kernel.run("pace, Pump.ANSWER = Pump.ANSWER, 1000")
+    kernel.run("answers['hello'] = lambda: print('hello', flush=True)")
+    yield kernel
+    kernel.run("Pump.ANSWER = pace")
+
+
+def test_an_answer_waits_for_its_time_but_its_message_does_not(patient):
+    "Who waits for answers sends no more than there is time for; nothing waits longer than the pump is open."
+    cell = patient.start("polling()")
+    patient.output(patient.click("at once"))
+    clicks = [patient.click("x"), patient.click("hello")]
+    patient.output(clicks[1], ("stream", "hello\n"))
+    patient.click("stop")
+    patient.output(cell)
+    for click in clicks: patient.output(click)
+    statuses = [(parent, text) for parent, kind, text in patient.iopub if kind in ("status", "stream")]
+    said = statuses.index((clicks[1], "hello\n"))
+    assert said < statuses.index((clicks[0], "idle")) < statuses.index((clicks[1], "idle")) < statuses.index((cell, "idle"))
+    assert patient.value("seen") == "['at once', 'x']"
+
+
+def test_a_page_that_is_loaded_again_waits_for_nothing(patient):
+    cell = patient.start("polling()")
+    patient.output(patient.click("at once"))
+    click, asked = patient.click("x"), patient.send("kernel_info_request", {})
+    assert patient.output(asked)[-1] == ("status", "idle") == patient.output(click)[-1]
+    assert cell not in patient.replies
+    patient.click("stop")
+    patient.output(cell)
+
+
+def test_a_fit_within_a_fit_answers_for_both(patient):
+    cell = patient.start("""
+        outer = Pump.here()
+        while 'x' not in seen: outer.poll()
+        polling()
+        print('the inner one is closed', flush=True)
+        polling(lambda: 'y' in seen)
+        outer.close()""")
+    patient.output(patient.click("at once"))
+    click = patient.click("x")
+    patient.click("stop")
+    assert patient.output(click) == [("status", "idle")]
+    patient.output(cell, ("stream", "the inner one is closed\n"))
+    patient.click("y")
+    patient.output(cell)
 
 
 def test_widgets(kernel):
@@ -277,7 +328,7 @@ def test_a_handlers_error_does_not_enter_the_training(kernel, error):
     kernel.click("good")
     kernel.click("stop")
     assert kernel.text(cell) == "trained ['good']\n"
-    assert [text for kind, text in kernel.output(bad) if kind == "status"] == ["busy", "idle"]
+    assert [text for kind, text in kernel.output(bad) if kind == "status"] == ["idle"]
 
 
 def test_a_message_that_is_no_message(kernel):

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
-from .journal import Entry
+from .journal import Entry, in_words
 
 # %% auto #0
 __all__ = ['NEEDED', 'KINDS', 'COMMANDS', 'Value', 'Spec', 'check_command', 'check_at', 'parse', 'as_line', 'Command',
@@ -200,8 +200,25 @@ def as_line(
     words += [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in found.items()]
     return shlex.join(words)
 
+# %% ../nbs/03a_commands.ipynb #81af0a0b
+def _asked(name: str, values: Mapping[str, Any]) -> str:
+    try:
+        return as_line(name, values)
+    except (TypeError, ValueError):  # it was never checked
+        return f"{name} {dict(values)}"
+
+
+def _said(command: Command) -> str:
+    "A command, and what has become of it, in a line."
+    entry, asked = command.answer, _asked(command.name, command.values)
+    if entry is not None and not entry.error:
+        return f"{in_words(entry)}, {'done' if entry.old is None else 'applied'} at step {entry.step}"
+    if entry is not None or command.error is not None:
+        return f"{asked}: refused: {command.error if entry is None else entry.error}"
+    return f"{asked}, {'replaced by a newer one' if command.over else 'pending'}"
+
 # %% ../nbs/03a_commands.ipynb #ab1a24d5
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Command:
     "Something asked for."
 
@@ -215,7 +232,9 @@ class Command:
     result: Any = None  # what came of it
     error: BaseException | None = None  # or why it was refused
     thread: int = 0  # that will do it
-    _done: threading.Event = field(default_factory=threading.Event, repr=False)
+    _done: threading.Event = field(default_factory=threading.Event)
+
+    def __repr__(self) -> str: return _said(self)
 
     def done(self, answer: Entry | None, result: Any = None, error: BaseException | None = None) -> None:
         "Give the answer."

@@ -49,21 +49,16 @@ def _offers(kernel: Any) -> bool:
 
 # %% ../nbs/02b_pump.ipynb #dcbeda0c
 @contextmanager
-def _answering(
+def _handling(
     kernel: Any,
-    reply: Any,  # where answers go
     idents: list[bytes],
     message: dict[str, Any],
 ) -> Iterator[None]:
     "The kernel as it has to be while it handles `message`; afterwards as it was."
     before = kernel._parent_ident["shell"], kernel.get_parent("shell")
     kernel.set_parent(idents, message, channel="shell")
-    try:
-        kernel._publish_status("busy", "shell")
-        yield
-    finally:
-        kernel._publish_status_and_flush("idle", "shell", reply)
-        kernel.set_parent(*before, channel="shell")
+    try: yield
+    finally: kernel.set_parent(*before, channel="shell")
 
 # %% ../nbs/02b_pump.ipynb #5d0ea160
 @contextmanager
@@ -115,7 +110,7 @@ class Pump:
     "Handles widget messages in a running cell, at each `poll()`; all others wait for `close()`. For one thread."
 
     EVERY, NUDGE = 0.02, 0.1  # seconds between two looks at the socket; at the one before it
-    STREAM = 0.1  # seconds between two looks while a hand drags something: each of its messages has its price
+    ANSWER = 0.3  # seconds between two answers: a slider under a hand waits for one before it sends its next value
     AT_ONCE = 100  # messages taken in one look
     _innermost: ClassVar["Pump | None"] = None
 
@@ -124,8 +119,9 @@ class Pump:
         self._stream, self._reply = _main_shell(kernel)
         self._held: deque[list[Any]] = deque()
         self._due, self._nudge_due, self._thread = 0.0, 0.0, threading.get_ident()
-        self._row, self._found_at = 0, 0.0  # looks in a row that found something; when the last one did
         self._outer, Pump._innermost = Pump._innermost, self
+        self._unanswered: deque[dict[str, Any]] = self._outer._unanswered if self._outer is not None else deque()
+        self._answer_due = 0.0
         if shell is not None: shell.events.register("post_execute", self._cell_ends)
 
     @classmethod
@@ -137,12 +133,8 @@ class Pump:
     def poll(self) -> None:
         "Handle what waits, at most 50 times a second; raises nothing but an interrupt that came meanwhile."
         if time.monotonic() < self._due or threading.get_ident() != self._thread: return
-        found = _look(self)
-        if self.closed: return
-        now = time.monotonic()
-        if found: self._row, self._found_at = self._row + 1, now
-        elif now - self._found_at > self.STREAM: self._row = 0
-        self._due = now + (self.STREAM if found and self._row > 4 else self.EVERY)
+        _look(self)
+        if not self.closed: self._due = time.monotonic() + self.EVERY
 
     @property
     def closed(self) -> bool: return self._due == math.inf
@@ -169,30 +161,37 @@ def _handle(pump: Pump, frames: list[Any], interrupts: _InterruptsWait) -> None:
     try:
         idents, parts = kernel.session.feed_identities(frames, copy=False)
         message = kernel.session.deserialize(parts, copy=False)
-        with _answering(kernel, pump._reply, idents, message):
+        pump._unanswered.append(message)
+        if message["msg_type"] != "comm_msg": pump._answer_due = 0.0  # a page that is loaded again waits for it
+        with _handling(kernel, idents, message):
             interrupts.handling = True
             try: _run(kernel.shell_handlers[message["msg_type"]](pump._reply, idents, message))
             finally: interrupts.handling = False
     except BaseException: kernel.log.error("trainkit: a message could not be handled", exc_info=True)
 
 
-def _take(pump: Pump) -> int:
-    "Take what waits: handle the one kind, keep the other; returns how many were handled."
+def _take(pump: Pump) -> None:
+    "Take what waits: handle the one kind, keep the other."
     import zmq
 
-    socket, kernel, handled = pump._stream.socket, pump._kernel, 0
+    socket, session = pump._stream.socket, pump._kernel.session
     late = getattr(pump._stream._recv_callback, "late", ())
-    if not late and not socket.get(zmq.EVENTS) & zmq.POLLIN: return 0
+    if not late and not socket.get(zmq.EVENTS) & zmq.POLLIN: return
     with _InterruptsWait() as interrupts, _without_hooks(pump._shell):
         for _ in range(pump.AT_ONCE):
             try: frames = late.popleft() if late else socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again: break
-            if _kind(kernel.session, frames) not in HANDLED: pump._held.append(frames)
-            else:
-                handled += 1
-                _handle(pump, frames, interrupts)
-        if handled: kernel._publish_status("busy", "shell")
-    return handled
+            if _kind(session, frames) in HANDLED: _handle(pump, frames, interrupts)
+            else: pump._held.append(frames)
+
+
+def _answer(pump: Pump) -> None:
+    "Tell those who wait that their messages are handled, and that the cell still runs."
+    with _InterruptsWait():
+        while pump._unanswered:
+            pump._kernel._publish_status_and_flush("idle", "shell", pump._reply, pump._unanswered.popleft())
+        pump._kernel._publish_status("busy", "shell")
+    pump._answer_due = time.monotonic() + pump.ANSWER
 
 # %% ../nbs/02b_pump.ipynb #216ff064
 def _look_again(stream: Any) -> None:
@@ -208,13 +207,13 @@ def _nudge(pump: Pump) -> None:
     if thread is not None: thread.io_loop.add_callback(_look_again, pump._kernel.shell_stream)
 
 
-def _look(pump: Pump) -> int:
-    "Look for messages; whatever goes wrong, the training goes on. Returns how many were handled."
+def _look(pump: Pump, last: bool = False) -> None:
+    "Look for messages, and answer if it is time; whatever goes wrong, the training goes on."
     try:
         _nudge(pump)
-        return _take(pump)
+        _take(pump)
+        if pump._unanswered and (last or time.monotonic() >= pump._answer_due): _answer(pump)
     except Exception: pump._kernel.log.error("trainkit: messages could not be taken", exc_info=True)
-    return 0
 
 # %% ../nbs/02b_pump.ipynb #bd22def0
 class _Between:
@@ -248,7 +247,7 @@ def _give_back(pump: Pump) -> None:
     outer, stream = pump._outer, pump._stream
     while outer is not None and outer.closed: outer = outer._outer
     with _InterruptsWait():
-        _look(pump)
+        _look(pump, last=True)
         pump._due = math.inf
         with suppress(Exception): pump._shell.events.unregister("post_execute", pump._cell_ends)
         held, pump._held = pump._held, deque()

@@ -60,8 +60,8 @@ def _locals(node: ast.AST) -> set[str]:
 # %% ../nbs/28a_script.ipynb #92a0134b
 SEEDING = {"manual_seed", "manual_seed_all", "seed", "seed_everything", "set_seed", "use_deterministic_algorithms"}
 SESSION = {"fit", "wait", "send", "set", "release", "undo", "pause", "resume", "step_once", "stop", "validate", "test", "predict",
-           "save", "restore", "branch", "note", "lr_find", "dashboard", "panel", "status", "controls", "to_script", "sample",
-           "show_loop"}  # fmt: skip
+           "save", "restore", "branch", "note", "lr_find", "dashboard", "panel", "status", "timings", "controls", "to_script",
+           "sample", "show_loop"}  # fmt: skip
 LOOKING = {"print", "display", "help", "len", "repr", "dir", "type", "plot", "show", "imshow", "hist", "head", "describe", "info"}
 
 

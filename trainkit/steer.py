@@ -222,7 +222,8 @@ class Commanded(Loop):
         try:
             command.values = check_command(command.name, command.values)
             check_at(command.at)
-            if command.at is None and command.name in ("set", "release"):
+            asked_often = self._fitting and command.source == "panel"  # a slider under a hand: `_do` checks it, too
+            if command.at is None and command.name in ("set", "release") and not asked_often:
                 check_turn(self, **command.values, back=command.name == "release")
         except (TypeError, ValueError) as error:
             if command.source not in ("code", "callback"):  # who calls gets the error; who clicks looks into the journal

@@ -6,13 +6,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .losses import wide
 from .models import LatentGenerator, check_images, check_labels, check_sides, dcgan_init
 from .models import doublings, down_block, up_block
 
@@ -36,11 +39,12 @@ class EnergyDiscriminator(nn.Module):
         encoder: nn.Module,  # images to codes (B, …)
         decoder: nn.Module,  # codes to images
         distance: str = "l2",  # Euclidean norm; "l1", "mse": mean of the absolute or squared differences
+        outputs: bool = False,  # give (energies, {"codes": …})
     ) -> None:
         super().__init__()
         if distance not in DISTANCES:
             raise ValueError(f"distance={distance!r}; accepted are {', '.join(DISTANCES)}")
-        self.encoder, self.decoder, self.distance = encoder, decoder, distance
+        self.encoder, self.decoder, self.distance, self.outputs = encoder, decoder, distance, outputs
 
     def encode(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         "The codes (B, …) of images; what `PullingAway` pulls apart."
@@ -51,10 +55,10 @@ class EnergyDiscriminator(nn.Module):
         "The images, as far as the autoencoder knows such images; (B, C, H, W)."
         return self.decoder(self.encode(x))
 
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        again = self.decoder(self.encode(x, labels))
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return DISTANCES[self.distance]((again.to(wide) - x.to(wide)).flatten(1))
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+        codes = self.encode(x, labels)
+        energies = DISTANCES[self.distance]((wide(self.decoder(codes)) - wide(x)).flatten(1))
+        return (energies, {"codes": codes}) if self.outputs else energies
 
 # %% ../../nbs/42c_gan_autoencoding.ipynb #19f20a45
 class EBGANDiscriminator(EnergyDiscriminator):
@@ -66,6 +70,7 @@ class EBGANDiscriminator(EnergyDiscriminator):
         channels: int = 64,  # after the first halving; twice as many after each other
         depth: int = 3,  # how often the encoder halves the sides
         distance: str = "l2",
+        outputs: bool = False,  # give (energies, {"codes": …})
     ) -> None:
         if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
             raise ValueError(f"depth={depth!r}: expected a whole number of halvings, 1 or more")
@@ -73,9 +78,9 @@ class EBGANDiscriminator(EnergyDiscriminator):
         down = [down_block(in_channels, widths[0], None), *(down_block(i, o) for i, o in pairwise(widths))]
         up: list[nn.Module] = [up_block(i, o) for i, o in pairwise(reversed(widths))]
         last = nn.ConvTranspose2d(widths[0], in_channels, 4, 2, 1)
-        super().__init__(nn.Sequential(*down), nn.Sequential(*up, last, nn.Tanh()), distance)
+        super().__init__(nn.Sequential(*down), nn.Sequential(*up, last, nn.Tanh()), distance, outputs)
         self.in_channels, self.depth = in_channels, depth
-        self.apply(dcgan_init)
+        self.apply(partial(dcgan_init, std=0.002))
 
     def encode(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         "The code map, (B, channels·2^(depth-1), H/2^depth, W/2^depth)."

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .features import read
+from .losses import wide
 
 # %% auto #0
-__all__ = ['auxiliary_classifier', 'AuxiliaryClassifier', 'Codes', 'code_surprise', 'MutualInformation']
+__all__ = ['TINY', 'auxiliary_classifier', 'AuxiliaryClassifier', 'Codes', 'code_surprise', 'MutualInformation']
 
 # %% ../../nbs/40c_gan_codes.ipynb #8901b071
 def auxiliary_classifier(
@@ -24,7 +25,7 @@ def auxiliary_classifier(
     labels: Tensor,  # int64 (B,)
 ) -> Tensor:  # scalar
     "-log P(C = c | X), one side of Odena et al. 2017, eq. 2."
-    return F.cross_entropy(logits.float(), labels)
+    return F.cross_entropy(wide(logits), labels)
 
 # %% ../../nbs/40c_gan_codes.ipynb #fde594ad
 class AuxiliaryClassifier:
@@ -36,18 +37,19 @@ class AuxiliaryClassifier:
     ):
         self.of = of
 
-    def _side(self, r: Any, x: Tensor, labels: Tensor | None) -> Tensor:
+    def _side(self, r: Any, x: Tensor, labels: Tensor | None, outputs: Mapping[str, Tensor]) -> Tensor:
         if labels is None:
             raise ValueError("an auxiliary classifier needs labels: GANLearner(…, labels='dataset') or 'sampled'")
-        return auxiliary_classifier(read(r.discriminator, self.of, x), labels)
+        return auxiliary_classifier(read(r.discriminator, self.of, x, outputs=outputs), labels)
 
     def generator(self, r: Any) -> Tensor:
         "-log P(c | G(z, c)) of a `Round`."
-        return self._side(r, r.fake, r.fake_labels)
+        return self._side(r, r.fake, r.fake_labels, r.fake_outputs)
 
     def discriminator(self, r: Any) -> Tensor:
         "-log P(c | x) - log P(c | G(z, c)) of a `Round`, the fakes detached."
-        return self._side(r, r.real, r.real_labels) + self._side(r, r.fake.detach(), r.fake_labels)
+        of_real = self._side(r, r.real, r.real_labels, r.real_outputs)
+        return of_real + self._side(r, r.fake.detach(), r.fake_labels, r.fake_outputs)
 
     def __repr__(self) -> str:
         return f"AuxiliaryClassifier({self.of!r})"
@@ -78,7 +80,7 @@ class Codes:
         return sum(self.categorical) + 2 * self.continuous
 
     def __call__(self, n: int, device: torch.device | str | None = None) -> Tensor:  # (n, width)
-        "Fresh noise and codes, which are remembered for the term."
+        "Fresh noise and codes, which are remembered for rounds that don't bring theirs along."
         parts = [torch.randn(n, self.noise, device=device)]
         parts += [F.one_hot(torch.randint(k, (n,), device=device), k).float() for k in self.categorical]
         self.last = torch.cat([*parts, 2 * torch.rand(n, self.continuous, device=device) - 1], 1)
@@ -93,6 +95,9 @@ class Codes:
         return f"Codes(noise={self.noise}, categorical={self.categorical}, continuous={self.continuous})"
 
 # %% ../../nbs/40c_gan_codes.ipynb #a94bda0d
+TINY = 1e-8  # added to the variance, so that a Q which is too sure of itself has a gradient still
+
+
 def code_surprise(
     parameters: Tensor,  # (B, codes.parameters): logits, then means, then log-variances
     z: Tensor,  # (B, codes.width), which the images were made from
@@ -102,7 +107,8 @@ def code_surprise(
     if parameters.shape != (len(z), codes.parameters):
         raise ValueError(f"Q gave {tuple(parameters.shape)}; {codes} needs ({len(z)}, {codes.parameters})")
     categories, values = codes.split(z)
-    *logits, mean, log_var = parameters.float().split([*codes.categorical, codes.continuous, codes.continuous], 1)
+    *logits, mean, log_var = wide(parameters).split([*codes.categorical, codes.continuous, codes.continuous], 1)
+    log_var = torch.logaddexp(log_var, log_var.new_tensor(math.log(TINY)))
     far = (values - mean).square() * (-log_var).exp() + log_var + math.log(2 * math.pi)
     discrete = [F.cross_entropy(x, c) for x, c in zip(logits, categories)]
     return torch.stack([*discrete, far.sum(1).mean() / 2]).sum()
@@ -120,9 +126,10 @@ class MutualInformation:
 
     def __call__(self, r: Any) -> Tensor:
         "The term of a `Round`."
-        if self.codes.last is None or len(self.codes.last) != len(r.fake):
+        z = self.codes.last if r.noise is None else r.noise
+        if not isinstance(z, Tensor) or z.shape != (len(r.fake), self.codes.width):
             raise ValueError(f"these fakes weren't made from {self.codes}: GANLearner(…, latent=codes) draws from it")
-        return code_surprise(read(r.discriminator, self.of, r.fake), self.codes.last, self.codes)
+        return code_surprise(read(r.discriminator, self.of, r.fake, outputs=r.fake_outputs), z, self.codes)
 
     def __repr__(self) -> str:
         return f"MutualInformation({self.codes!r}, {self.of!r})"

@@ -71,6 +71,9 @@ class Moments:
     @classmethod
     def known(cls, mean: Tensor, cov: Tensor, n: int) -> Moments:
         "From the mean (D,) and covariance (D, D) of n samples that somebody else has seen."
+        if mean.ndim != 1 or cov.shape != (*mean.shape, *mean.shape) or not n >= 2:
+            raise ValueError(f"known moments are a mean (D,), a covariance (D, D) and a number of samples from 2 up; received "
+                             f"{tuple(mean.shape)}, {tuple(cov.shape)} and {n!r}")  # fmt: skip
         self = cls()
         self.n, self.mean, self.scatter = n, mean.detach().double().cpu(), cov.detach().double().cpu() * (n - 1)
         return self
@@ -286,11 +289,10 @@ class FID(OnFeatures):
         network: nn.Module | None,  # samples (B, …) to features (B, D); None: the samples themselves, flattened
         real: Moments | Tensor | Iterable[Any],  # real samples, a loader of them, or the moments of their features
         splits: int = 5,  # of the fakes, for the error; 1: none, at a sixth of the time, for features in the thousands
-        batch_size: int = 256,  # how many samples the network sees at once
-        transform: Callable[[Tensor], Tensor] | None = None,  # from your samples to the network's, e.g. a resize
         arithmetic: str = "torch",  # or torchmetrics
+        **looking: Any,  # batch_size and transform, as `OnFeatures` has them
     ) -> None:
-        super().__init__(network, batch_size, transform)
+        super().__init__(network, **looking)
         found = real if isinstance(real, Moments) else sum(map(moments_of, self.real_features(real)), Moments())
         found.cov  # noqa: B018  # refuses too few
         self.real, self.splits, self.arithmetic = found, splits, arithmetic
@@ -374,10 +376,9 @@ class Paired(OnFeatures):
         network: nn.Module | None,  # samples (B, …) to features (B, D); None: the samples themselves, flattened
         real: Tensor | Iterable[Any],  # real samples, or a loader of them
         keep: int = 10_000,  # of the features of each kind; of more samples, a fair sample is kept
-        batch_size: int = 256,  # how many samples the network sees at once
-        transform: Callable[[Tensor], Tensor] | None = None,  # from your samples to the network's, e.g. a resize
+        **looking: Any,  # batch_size and transform, as `OnFeatures` has them
     ) -> None:
-        super().__init__(network, batch_size, transform)
+        super().__init__(network, **looking)
         self.real, self.keep = Reservoir(keep), keep
         for features in self.real_features(real):
             self.real.add(features)

@@ -5,7 +5,7 @@
 # %% ../../nbs/43c_gan_diversity.ipynb #4b5a02de
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,10 +60,9 @@ class Diversity(OnFeatures):
         network: nn.Module | None,  # samples (B, …) to features (B, D); None: the samples themselves, flattened
         by_label: bool = False,  # only pairs of one label; the mean over the labels
         keep: int = 5000,  # how many samples' features are kept; those that come later are not looked at
-        batch_size: int = 256,  # how many samples the network sees at once
-        transform: Callable[[Tensor], Tensor] | None = None,  # from your samples to the network's, e.g. a resize
+        **looking: Any,  # batch_size and transform, as `OnFeatures` has them
     ) -> None:
-        super().__init__(network, batch_size, transform)
+        super().__init__(network, **looking)
         if not keep >= 2:
             raise ValueError(f"keep={keep!r} must be at least 2")
         self.by_label, self.keep = by_label, keep
@@ -331,10 +330,9 @@ class Memorisation(OnFeatures):
         heldout: Tensor | Iterable[Any],  # real samples not trained on, or a loader of them
         quantile: float = 0.01,  # of the held-out distances, under which a fake is a near copy
         show: int = 8,  # how many of the closest fakes are kept for a picture
-        batch_size: int = 256,  # how many samples the network sees at once
-        transform: Callable[[Tensor], Tensor] | None = None,  # from your samples to the network's, e.g. a resize
+        **looking: Any,  # batch_size and transform, as `OnFeatures` has them
     ) -> None:
-        super().__init__(network, batch_size, transform)
+        super().__init__(network, **looking)
         self.train, others = (torch.cat([*self.real_features(x)]) for x in (train, heldout))
         self.heldout = memorisation(others, self.train, others, quantile).heldout
         self.quantile, self.show = quantile, show

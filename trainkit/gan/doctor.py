@@ -12,8 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
-
 from ..callbacks.average import EMA
 from ..commands import Command, as_line
 from .readings import Readings, average_of
@@ -163,7 +161,8 @@ COLLAPSE = Disorder(
 
 OSCILLATION = Disorder(
     "oscillation",
-    (Limit("roaming", 2.0, 1.0),  # healthy 0.1–0.6 once settled, failing 2.4–24
+    (Limit("roaming", 2.0, 1.0),  # healthy 0.1–0.6 once settled, failing 2.4–24; but healthy digits up to 3.4
+     Limit("diversity", 0.7, 0.85),  # these cover the data meanwhile (0.76–1.07); who runs after modes doesn't (0.05–0.5)
      Limit("updates", 1000, 0)),  # before, healthy runs look for their place, with a roaming of up to 4
     "the fakes move to and fro all together: the generator runs after the modes instead of covering them",
     "Metz et al. 2017, figure 2; Radford et al. 2016, §3 (β1)",
@@ -244,15 +243,12 @@ class Judging(Readings):
 
     def __init__(
         self,
-        every: int = 100,  # steps from one look to the next
-        n: int = 64,  # how many samples are looked at
-        network: nn.Module | None = None,  # samples (B, …) to features (B, D) by which they are compared; None: as they are
-        train: Tensor | None = None,  # the samples trained on (N, …), to find copies of them
-        heldout: Tensor | None = None,  # real samples (H, …) not trained on, to compare with
+        *,
         disorders: Sequence[Disorder] = DISORDERS,  # what is looked for
         warn: bool = True,  # warn when an alarm is raised; it is in the history in any case
+        **readings: Any,  # every, n, network, train, heldout: what `Readings` takes
     ):
-        super().__init__(every, n, network, train, heldout)
+        super().__init__(**readings)
         self.disorders, self.warn = tuple(disorders), warn
         self.alarms: list[Alarm] = []  # the oldest first
         self.episodes = {d.name: Episode() for d in disorders}

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .features import read
+from .losses import energy_generator, wide
 from ..knobs import Adjustable, Number
 
 # %% auto #0
@@ -24,7 +25,7 @@ def pulling_away(
     codes: Tensor,  # (B, …), of fakes; flattened to one vector for each
 ) -> Tensor:  # scalar in [0, 1]; 0 for a single sample
     "1/(B(B-1)) · Σ_{i≠j} cos²(S_i, S_j), Zhao et al. 2016, eq. 4."
-    unit = F.normalize(codes.flatten(1).to(torch.promote_types(codes.dtype, torch.float32)), dim=1)
+    unit = F.normalize(wide(codes.flatten(1)), dim=1)
     n = len(unit)
     squares = (unit @ unit.T).square()
     return (squares.sum() - squares.diagonal().sum()) / max(n * (n - 1), 1)
@@ -41,7 +42,7 @@ class PullingAway:
 
     def __call__(self, r: Any) -> Tensor:
         "The term of a `Round`."
-        return pulling_away(read(r.discriminator, self.of, r.fake, r.fake_labels))
+        return pulling_away(read(r.discriminator, self.of, r.fake, r.fake_labels, r.fake_outputs))
 
     def __repr__(self) -> str:
         return f"PullingAway({self.of!r})"
@@ -53,7 +54,7 @@ def equilibrium_discriminator(
     k: Tensor | float,  # weight of the fakes, in [0, 1]
 ) -> Tensor:  # scalar
     "L(x) - k·L(G(z)), Berthelot et al. 2017, eq. 5; the generator's half is the mean energy of its fakes."
-    return real_energy.mean() - k * fake_energy.mean()
+    return wide(real_energy).mean() - k * wide(fake_energy).mean()
 
 def equilibrium_step(
     k: Tensor,  # scalar
@@ -86,7 +87,7 @@ class EquilibriumLoss(Adjustable):
         k: float = 0.0,  # where k begins, in [0, 1]
         player: str = "discriminator",  # in whose turns it listens
     ):
-        if not 0 <= k <= 1:
+        if isinstance(k, bool) or not isinstance(k, (int, float)) or not 0 <= k <= 1:
             raise ValueError(f"{type(self).__name__}: k={k!r} is not in [0, 1]")
         self.gamma, self.rate, self.player = gamma, rate, player
         self.k, self.convergence = torch.tensor(float(k)), torch.tensor(float("nan"))
@@ -94,7 +95,7 @@ class EquilibriumLoss(Adjustable):
 
     def generator(self, fake_logits: Tensor, real_logits: Tensor | None = None) -> Tensor:
         "The mean energy of the fakes."
-        return fake_logits.mean()
+        return energy_generator(fake_logits)
 
     def discriminator(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
         "L(x) - k·L(G(z))."

@@ -14,19 +14,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .losses import wide
 from ..player import unwrapped
 
 # %% auto #0
-__all__ = ['read', 'feature_matching', 'FeatureMatching', 'outputs_of', 'Perceptual', 'on_pairs']
+__all__ = ['OUTPUTS', 'read', 'feature_matching', 'FeatureMatching', 'outputs_of', 'Perceptual', 'on_pairs']
 
 # %% ../../nbs/40a_gan_features.ipynb #cfee4c2d
+OUTPUTS = {"classify": "classes", "encode": "codes"}  # methods -> outputs that are called otherwise
+
+
 def read(
     net: nn.Module,  # a discriminator
     of: str | Callable[..., Tensor],  # the name of a method, or f(net, x[, labels])
     x: Tensor,  # samples (B, …)
     labels: Tensor | None = None,  # (B,), passed on when given
+    outputs: Mapping[str, Tensor] | None = None,  # what `net` has said of them already, by name
 ) -> Tensor:
     "What `net` says of samples, besides its logits."
+    if isinstance(of, str) and outputs and (name := OUTPUTS.get(of, of)) in outputs:
+        return outputs[name]
     inner = unwrapped(net)
     if callable(of):
         return of(inner, x) if labels is None else of(inner, x, labels)
@@ -42,9 +49,7 @@ def feature_matching(
     per_sample: bool = False,  # compare sample by sample; the surplus of the larger batch is left out
 ) -> Tensor:  # scalar, in float32 or better
     "Mean squared distance of the features' batch means; Salimans et al. 2016, §3.1."
-    dtype = torch.promote_types(fake.dtype, torch.float32)
-    real, fake = real.detach().to(dtype), fake.to(dtype)
-    n = min(len(real), len(fake))
+    real, fake, n = wide(real.detach()), wide(fake), min(len(real), len(fake))
     return F.mse_loss(fake[:n], real[:n]) if per_sample else F.mse_loss(fake.mean(0), real.mean(0))
 
 # %% ../../nbs/40a_gan_features.ipynb #c18c2723
@@ -61,8 +66,9 @@ class FeatureMatching:
     def __call__(self, r: Any) -> Tensor:
         "The term of a `Round`."
         with torch.no_grad():
-            real = read(r.discriminator, self.of, r.real, r.real_labels)
-        return feature_matching(real, read(r.discriminator, self.of, r.fake, r.fake_labels), self.per_sample)
+            real = read(r.discriminator, self.of, r.real, r.real_labels, r.real_outputs)
+        fake = read(r.discriminator, self.of, r.fake, r.fake_labels, r.fake_outputs)
+        return feature_matching(real, fake, self.per_sample)
 
     def __repr__(self) -> str:
         return f"FeatureMatching({self.of!r}{', per_sample=True' if self.per_sample else ''})"
@@ -118,7 +124,7 @@ class Perceptual:
         with torch.no_grad():
             wanted = self.features(target)
         far = self.DISTANCES[self.distance]
-        return torch.stack([far(a.float(), b.float()) for a, b in zip(self.features(images), wanted)]).sum()
+        return torch.stack([far(wide(a), wide(b)) for a, b in zip(self.features(images), wanted)]).sum()
 
     def __repr__(self) -> str:
         layers = f", layers={self.layers}" if self.layers else ""

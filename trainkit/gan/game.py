@@ -72,6 +72,15 @@ class AtOnce(Stillness):
     updates: str = "alternating"
     _held: list[Player] | None = None  # while gradients are gathered: who has one
 
+    def _turns(self) -> None:
+        try:
+            super()._turns()
+        finally:
+            self.forget()
+
+    def forget(self) -> None:
+        "Behind every round, however it ended: let go of what players have kept for each other in this batch."
+
     def _step(self, player: Player) -> None:
         if self._held is None:
             super()._step(player)

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from ..background import between_steps
 from ..callback import Callback
 from .game import GameLearner
-from .losses import GANLoss, get_loss
+from .losses import LOSSES, GANLoss, get_loss
 from .penalties import uncompiled
 from ..player import Player, Term, as_terms
-from ..shapes import key_of, locate
+from ..shapes import key_of, locate, unknown
 
 # %% auto #0
-__all__ = ['LATE', 'Round', 'call', 'judgement', 'logits_of', 'latent_of', 'find_loss', 'Sampling', 'Draw', 'GANData', 'Fakes',
-           'GANSteps', 'wants_fake_labels', 'penalised', 'adversarial', 'as_list', 'GANLearner', 'with_own',
-           'per_player', 'check_gan', 'labels_for']
+__all__ = ['EQUILIBRIUM', 'BY_NAME', 'Round', 'call', 'judgement', 'logits_of', 'latent_of', 'find_loss', 'Sampling', 'Draw',
+           'GANData', 'Fakes', 'GANSteps', 'wants_fake_labels', 'penalised', 'adversarial', 'as_list', 'GANLearner',
+           'with_own', 'per_player', 'check_gan', 'labels_for']
 
 # %% ../../nbs/44_gan_learner.ipynb #75c8c1f1
 @dataclass
@@ -76,13 +76,18 @@ def latent_of(latent: Any, generator: nn.Module) -> Callable[[int, torch.device]
     return lambda n, device: torch.randn(n, width, device=device)
 
 # %% ../../nbs/44_gan_learner.ipynb #87bb5720
-LATE = {"began": "trainkit.gan.energy.BoundaryEquilibrium", "boundary_equilibrium": "trainkit.gan.energy.BoundaryEquilibrium"}
+EQUILIBRIUM = "trainkit.gan.energy.BoundaryEquilibrium"  # loads no more than it must
+BY_NAME: dict[str, Any] = {**LOSSES, "boundary_equilibrium": EQUILIBRIUM, "began": EQUILIBRIUM}  # a loss, or where it is
 
 
 def find_loss(loss: Any) -> GANLoss:
-    "A GAN loss from its name, a dotted name, an object or a class (see `gan.losses.get_loss`)."
-    place = LATE.get(key_of(loss), loss if "." in loss else None) if isinstance(loss, str) else None
-    return get_loss(loss if place is None else locate(place))
+    "A GAN loss from its name (in any spelling), a dotted name, an object or a class (see `gan.losses.get_loss`)."
+    if not isinstance(loss, str):
+        return get_loss(loss)
+    known = BY_NAME.get(key_of(loss), loss if "." in loss else None)
+    if known is None:
+        raise ValueError(unknown("GAN loss", loss, [*BY_NAME]))
+    return get_loss(locate(known) if isinstance(known, str) else known)
 
 # %% ../../nbs/44_gan_learner.ipynb #3538fe40
 class Sampling(GameLearner):
@@ -103,6 +108,11 @@ class Sampling(GameLearner):
             torch.manual_seed(seed)
             wanted = None if self.labels == "none" else labels_for(labels, n, self.num_classes, self.device)
             return call(self.generator, self.latent(n, self.device), wanted).float().cpu()
+
+    def made(self, n: int) -> tuple[Tensor, Tensor | None]:
+        "`n` fakes where the generator is (and their labels: 0, 1, 2 … in turn); for looks that are compared with each other."
+        labels = None if self.labels == "none" else labels_for(None, n, self.num_classes, self.device)
+        return call(self.generator, self.latent(n, self.device), labels), labels
 
     def position(self) -> dict[str, Any]:
         "Where the training is, and where the samples' random numbers are."
@@ -172,11 +182,10 @@ class Fakes(GANData):
     reuse_forward: bool
     _kept: Draw | None = None  # from the discriminator's turn in this batch, for the generator's
 
-    def _turns(self) -> None:
-        try:
-            super()._turns()
-        finally:
-            self._kept = None
+    def forget(self) -> None:
+        "Fakes are reused within a batch only."
+        super().forget()
+        self._kept = None
 
     def _fakes(self, n: int, labels: Tensor | None) -> Draw:
         "Fakes to be told from real samples."

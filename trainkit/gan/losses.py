@@ -11,23 +11,31 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 # %% auto #0
-__all__ = ['LOSSES', 'minimax_generator', 'minimax_discriminator', 'nonsaturating_generator', 'least_squares_generator',
+__all__ = ['LOSSES', 'wide', 'minimax_generator', 'minimax_discriminator', 'nonsaturating_generator', 'least_squares_generator',
            'least_squares_discriminator', 'wasserstein_generator', 'wasserstein_discriminator', 'hinge_generator',
            'hinge_discriminator', 'energy_generator', 'energy_discriminator', 'relativistic_discriminator',
            'relativistic_generator', 'paired_discriminator', 'paired_generator', 'GANLoss', 'Minimax', 'NonSaturating',
            'LeastSquares', 'Wasserstein', 'Hinge', 'EnergyBased', 'RelativisticAverage', 'RelativisticPair', 'LossPair',
            'get_loss']
 
+# %% ../../nbs/40_gan_losses.ipynb #0f4a7e37
+def wide(
+    x: Tensor,
+) -> Tensor:
+    "The same numbers in float32 or better."
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
 # %% ../../nbs/40_gan_losses.ipynb #c7610c8d
 def minimax_generator(
     fake_logits: Tensor,  # D(G(z)), any shape
 ) -> Tensor:  # scalar
     "log(1 - s(D(G(z)))), the saturating generator loss of Goodfellow et al. 2014, eq. 1."
-    return -F.softplus(fake_logits).mean()
+    return -F.softplus(wide(fake_logits)).mean()
 
 def minimax_discriminator(
     real_logits: Tensor,  # D(x), any shape
@@ -36,16 +44,15 @@ def minimax_discriminator(
     fake_smoothing: float = 0.0,  # the target for fakes; above 0 the smoothing is two-sided
 ) -> Tensor:  # scalar
     "Binary cross-entropy with the targets 1 - label_smoothing and fake_smoothing: Goodfellow 2014 eq. 1, Salimans 2016 §3.4."
-    real = F.softplus(-real_logits) + label_smoothing * real_logits
-    fake = F.softplus(fake_logits) - fake_smoothing * fake_logits
-    return real.mean() + fake.mean()
+    real, fake = wide(real_logits), wide(fake_logits)
+    return (F.softplus(-real) + label_smoothing * real).mean() + (F.softplus(fake) - fake_smoothing * fake).mean()
 
 # %% ../../nbs/40_gan_losses.ipynb #cd7f4088
 def nonsaturating_generator(
     fake_logits: Tensor,  # D(G(z)), any shape
 ) -> Tensor:  # scalar
     "-log s(D(G(z))), the non-saturating generator loss of Goodfellow et al. 2014, §3."
-    return F.softplus(-fake_logits).mean()
+    return F.softplus(-wide(fake_logits)).mean()
 
 # %% ../../nbs/40_gan_losses.ipynb #0f2fe842
 def least_squares_generator(
@@ -53,7 +60,7 @@ def least_squares_generator(
     c: float = 1.0,  # the value the generator wants for its images
 ) -> Tensor:  # scalar
     "½(D(G(z)) - c)², Mao et al. 2017, eq. 2."
-    return 0.5 * (fake_logits - c).square().mean()
+    return 0.5 * (wide(fake_logits) - c).square().mean()
 
 def least_squares_discriminator(
     real_logits: Tensor,  # D(x), any shape
@@ -62,42 +69,42 @@ def least_squares_discriminator(
     b: float = 1.0,  # target for real images
 ) -> Tensor:  # scalar
     "½(D(x) - b)² + ½(D(G(z)) - a)², Mao et al. 2017, eq. 2."
-    return 0.5 * ((real_logits - b).square().mean() + (fake_logits - a).square().mean())
+    return 0.5 * ((wide(real_logits) - b).square().mean() + (wide(fake_logits) - a).square().mean())
 
 # %% ../../nbs/40_gan_losses.ipynb #86d20a18
 def wasserstein_generator(
     fake_logits: Tensor,  # D(G(z)), any shape
 ) -> Tensor:  # scalar
     "-D(G(z)), Arjovsky et al. 2017, algorithm 1."
-    return -fake_logits.mean()
+    return -wide(fake_logits).mean()
 
 def wasserstein_discriminator(
     real_logits: Tensor,  # D(x), any shape
     fake_logits: Tensor,  # D(G(z)), any shape
 ) -> Tensor:  # scalar
     "D(G(z)) - D(x), the negative of the distance estimated by the critic; Arjovsky et al. 2017, eq. 2."
-    return fake_logits.mean() - real_logits.mean()
+    return wide(fake_logits).mean() - wide(real_logits).mean()
 
 # %% ../../nbs/40_gan_losses.ipynb #e5f2489b
 def hinge_generator(
     fake_logits: Tensor,  # D(G(z)), any shape
 ) -> Tensor:  # scalar
     "-D(G(z)), Lim & Ye 2017; Miyato et al. 2018, eq. 17."
-    return -fake_logits.mean()
+    return -wide(fake_logits).mean()
 
 def hinge_discriminator(
     real_logits: Tensor,  # D(x), any shape
     fake_logits: Tensor,  # D(G(z)), any shape
 ) -> Tensor:  # scalar
     "max(0, 1 - D(x)) + max(0, 1 + D(G(z))), Lim & Ye 2017; Miyato et al. 2018, eq. 16."
-    return F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()
+    return F.relu(1 - wide(real_logits)).mean() + F.relu(1 + wide(fake_logits)).mean()
 
 # %% ../../nbs/40_gan_losses.ipynb #00194d40
 def energy_generator(
     fake_energy: Tensor,  # D(G(z)) >= 0, any shape
 ) -> Tensor:  # scalar
     "D(G(z)), Zhao et al. 2016, eq. 2."
-    return fake_energy.mean()
+    return wide(fake_energy).mean()
 
 def energy_discriminator(
     real_energy: Tensor,  # D(x) >= 0, any shape
@@ -105,7 +112,7 @@ def energy_discriminator(
     margin: float = 10.0,  # the energy up to which fakes are pushed
 ) -> Tensor:  # scalar
     "D(x) + max(0, margin - D(G(z))), Zhao et al. 2016, eq. 1."
-    return real_energy.mean() + F.relu(margin - fake_energy).mean()
+    return wide(real_energy).mean() + F.relu(margin - wide(fake_energy)).mean()
 
 # %% ../../nbs/40_gan_losses.ipynb #44e73634
 def relativistic_discriminator(
@@ -113,7 +120,8 @@ def relativistic_discriminator(
     fake_logits: Tensor,  # D(G(z)), any shape
 ) -> Tensor:  # scalar
     "-log s(D(x) - mean D(G(z))) - log(1 - s(D(G(z)) - mean D(x))), Jolicoeur-Martineau 2018, RaSGAN."
-    return F.softplus(fake_logits.mean() - real_logits).mean() + F.softplus(fake_logits - real_logits.mean()).mean()
+    real, fake = wide(real_logits), wide(fake_logits)
+    return F.softplus(fake.mean() - real).mean() + F.softplus(fake - real.mean()).mean()
 
 def relativistic_generator(
     fake_logits: Tensor,  # D(G(z)), any shape
@@ -129,7 +137,7 @@ def paired_discriminator(
 ) -> Tensor:  # scalar
     "-log s(D(x) - D(G(z))), Jolicoeur-Martineau 2018, RSGAN."
     n = min(len(real_logits), len(fake_logits))
-    return F.softplus(fake_logits[:n] - real_logits[:n]).mean()
+    return F.softplus(wide(fake_logits[:n]) - wide(real_logits[:n])).mean()
 
 def paired_generator(
     fake_logits: Tensor,  # D(G(z)), (B', …)
@@ -237,11 +245,12 @@ class RelativisticAverage:
             raise TypeError(f"RelativisticAverage is one of another GAN loss: of=Hinge(); received {self.of!r}")
 
     def generator(self, fake_logits: Tensor, real_logits: Tensor | None = None) -> Tensor:
-        real = _wanted(real_logits)
-        return self.of.discriminator(fake_logits - real.mean(), real - fake_logits.mean())
+        real, fake = wide(_wanted(real_logits)), wide(fake_logits)
+        return self.of.discriminator(fake - real.mean(), real - fake.mean())
 
     def discriminator(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-        return self.of.discriminator(real_logits - fake_logits.mean(), fake_logits - real_logits.mean())
+        real, fake = wide(real_logits), wide(fake_logits)
+        return self.of.discriminator(real - fake.mean(), fake - real.mean())
 
 def _wanted(real_logits: Tensor | None) -> Tensor:
     if real_logits is None:

@@ -5,7 +5,7 @@
 # %% ../../nbs/43b_gan_manifold.ipynb #e1449b6f
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -132,10 +132,9 @@ class Neighbours(Paired):
         k: int,  # the neighbour that a ball's radius reaches to
         splits: int = 5,  # for the error; 1: none
         keep: int = 5000,  # of the features of each kind; of more samples, a fair sample is kept
-        batch_size: int = 256,  # how many samples the network sees at once
-        transform: Callable[[Tensor], Tensor] | None = None,  # from your samples to the network's, e.g. a resize
+        **looking: Any,  # batch_size and transform, as `OnFeatures` has them
     ) -> None:
-        super().__init__(network, real, keep, batch_size, transform)
+        super().__init__(network, real, keep, **looking)
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k < len(self.real.rows):
             raise ValueError(f"k={k!r} must be a whole number from 1 to {len(self.real.rows) - 1}, the other real samples")
         if isinstance(splits, bool) or not isinstance(splits, int) or splits < 1:

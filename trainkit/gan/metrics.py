@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..data import describe
 from ..device import evaluating
-from .estimates import Deal
+from .estimates import Deal, Estimate
 
 # %% auto #0
 __all__ = ['ScoreSums', 'classifier_score', 'answers_of', 'class_probabilities', 'ClassifierScore']
@@ -50,6 +50,10 @@ def classifier_score(
     "exp(mean KL(p(y|x) ‖ p(y))) of class probabilities, the Inception score's form; Salimans et al. 2016, §4."
     if probs.ndim != 2 or len(probs) == 0:
         raise ValueError(f"class probabilities have shape {tuple(probs.shape)}; expected (images, classes)")
+    strange = (probs < 0).any(1) | ((probs.double().sum(1) - 1).abs() > 0.01)  # NaN is none of both, and shows in the score
+    if strange.any():
+        raise ValueError(f"{int(strange.sum())} of {len(probs)} rows are no probabilities, from 0 up and with a sum of one; "
+                         "of logits, take the softmax first")  # fmt: skip
     sums = ScoreSums()
     sums.add(probs.detach())
     return sums.scores()[0]
@@ -117,6 +121,8 @@ class ClassifierScore:
             raise ValueError(f"{self.splits} splits need as many images; update() has seen {int(self.sums.n.sum())}")
         return self.sums.scores()
 
-    def compute(self) -> float:
-        "The mean score over the splits, between 1 and K."
-        return self.compute_splits().mean().item()
+    def compute(self) -> Estimate:
+        "The mean score over the splits, between 1 and K; two splits or more tell its standard error."
+        scores = self.compute_splits()
+        error = float(scores.std()) / self.splits**0.5 if self.splits > 1 else float("nan")
+        return Estimate(float(scores.mean()), int(self.sums.n.sum()), error=error)

@@ -85,11 +85,12 @@ def check_sides(
 @torch.no_grad()
 def dcgan_init(
     module: nn.Module,  # one layer; use `model.apply(dcgan_init)` for a whole network
+    std: float = 0.02,
 ) -> None:
-    "Weights as in Radford et al. 2015 §4: convolutions from N(0, 0.02²), batch-norm scales from N(1, 0.02²), biases 0."
+    "Weights as in Radford et al. 2015 §4: convolutions from N(0, std²), batch-norm scales from N(1, std²), biases 0."
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
         mean = 1.0 if isinstance(module, nn.BatchNorm2d) else 0.0
-        nn.init.normal_(module.weight, mean, 0.02)
+        nn.init.normal_(module.weight, mean, std)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 

@@ -5,22 +5,71 @@
 # %% ../../nbs/45a_gan_pairs.ipynb #a9756db8
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset
 
 from ..background import between_steps
 from ..data import describe
+from ..device import preserve_rng
 from .features import on_pairs, read
 from .learner import Draw, GANLearner, Round, call, judgement
 from ..player import Term, as_terms
 
 # %% auto #0
-__all__ = ['PAPER', 'Joined', 'PairedLearner', 'Pix2PixLearner', 'no_noise', 'Regression', 'scored', 'MetricGANLearner']
+__all__ = ['COLUMNS', 'PAPER', 'first_of', 'examples_of', 'in_rows', 'Joined', 'PairedLearner', 'Translating', 'Pix2PixLearner',
+           'no_noise', 'Regression', 'scored', 'MetricGANLearner']
+
+# %% ../../nbs/45a_gan_pairs.ipynb #ae83f78f
+def first_of(
+    loader: Any,  # of batches
+    n: int,
+) -> Any:  # a batch
+    "At most `n` of a loader's first samples; None where looking would use some up."
+    if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+        return next(iter(DataLoader(loader.dataset, n, collate_fn=loader.collate_fn)), None)
+    return loader[0] if isinstance(loader, (list, tuple)) and loader else None
+
+
+def examples_of(
+    learn: Any,  # has `examples`
+    n: int,
+) -> tuple[Tensor, ...]:
+    "What is shown of each kind, at most `n`, on the learner's device; ValueError where nobody knows any."
+    if learn.examples is None:
+        loaders = [*learn.loaders.valid.values(), learn.loaders.train]
+        with preserve_rng():
+            torch.manual_seed(0)
+            batch = next((b for b in (first_of(loader, learn.n_samples) for loader in loaders) if b is not None), None)
+        if batch is None:
+            raise ValueError(f"a {type(learn).__name__} makes nothing from noise, and its data have no fixed examples: give it "
+                             "examples=, or call translate")  # fmt: skip
+        inputs, _, targets = learn.split(batch)
+        learn.examples = *inputs, *targets
+    kinds = learn.examples if isinstance(learn.examples, (tuple, list)) else (learn.examples,)
+    return tuple(kind[:n].to(learn.device) for kind in kinds)
+
+# %% ../../nbs/45a_gan_pairs.ipynb #4b29adee
+COLUMNS = 8  # of a sample grid
+
+
+def in_rows(
+    blocks: Sequence[Sequence[Tensor]],  # of kinds, (n, C, H, W) each with n <= 8; kinds that aren't pictures are left out
+) -> Tensor:  # (rows · 8, C, H, W)
+    "Kinds of pictures below each other, all in the size of the largest, in colour if any is, and filled up with white."
+    shown = [[x.float() for x in block if x.ndim == 4 and x.shape[1] in (1, 3)] for block in blocks]
+    channels, *size = (max(sides) for sides in zip(*(x.shape[1:] for block in shown for x in block)))
+    white = torch.ones(COLUMNS, channels, *size, device=shown[0][0].device)
+    rows: list[Tensor] = []
+    for block in shown:
+        same = [F.interpolate(x, tuple(size)).expand(-1, channels, -1, -1) for x in block]
+        rows += [*([white] if rows else []), *(torch.cat([x, white[len(x) :]]) for x in same)]
+    return torch.cat(rows)
 
 # %% ../../nbs/45a_gan_pairs.ipynb #8a8e0ea3
 class Joined(nn.Module):
@@ -47,7 +96,7 @@ class Joined(nn.Module):
 class PairedLearner(GANLearner):
     "A generator that makes targets from inputs, and a discriminator that sees both."
 
-    examples: Tensor | None = None  # inputs whose translations are shown
+    examples: Any = None  # what is shown: inputs, or (inputs, targets); None: the first of the data
 
     def real_of(self, batch: Any) -> tuple[Tensor, Tensor]:
         "The targets of a batch, and its inputs."
@@ -61,26 +110,51 @@ class PairedLearner(GANLearner):
         return Draw(self.generator(labels), labels)
 
     @between_steps
-    def translate(self, inputs: Tensor) -> Tensor:
-        "What the generator makes of inputs, on the CPU."
+    def translate(self, inputs: Tensor, seed: int | None = None) -> Tensor:
+        "What the generator makes of inputs, on the CPU; `seed` is for one with noise of its own."
         with self.observing("predicting"), self.precision.autocast():
+            if seed is not None:
+                torch.manual_seed(seed)
             return self.generator(inputs.to(self.device)).float().cpu()
 
-    def sample(self, n: int = 64, labels: Any = None, seed: int | None = None) -> Tensor:
-        "The first `n` examples' translations: nothing is made from noise here."
-        if self.examples is None:
-            raise ValueError(f"a {type(self).__name__} makes nothing from noise: translate(inputs), or give it examples=")
-        return self.translate(self.examples[:n])
+    def made(self, n: int) -> tuple[Tensor, None]:
+        "What the generator makes of `n` examples, where it is."
+        return self.generator(examples_of(self, n)[0]), None
 
     def predict_step(self, batch: Any) -> Tensor:
         "The generator on a batch's inputs."
         return self.generator(self.split(batch)[0][0])
 
+# %% ../../nbs/45a_gan_pairs.ipynb #e8bffe29
+class Translating(PairedLearner):
+    "Shows what becomes of examples."
+
+    def looked_at(self, n: int) -> tuple[Tensor, ...]:
+        "Examples; their random numbers, where a data set draws some, are the same every time."
+        with self.observing("predicting"):
+            torch.manual_seed(0)
+            return examples_of(self, n)
+
+    @between_steps
+    def sample(self, n: int = 64, labels: Any = None, seed: int | None = None) -> Tensor:
+        "The first `n` examples' translations: nothing is made from noise here."
+        return self.translate(self.looked_at(n)[0], seed)
+
+    @between_steps
+    def sample_fixed(self, n: int | None = None) -> Tensor:
+        "Pictures: rows of inputs, translations and (where they are known) targets; of anything else the translations."
+        inputs, *targets = self.looked_at(n or 2 * COLUMNS)
+        made = self.translate(inputs, seed=0).to(inputs.device)
+        if made.ndim != 4 or made.shape[1] not in (1, 3):
+            return made.cpu()
+        kinds = inputs, made, *targets[:1]
+        return in_rows([[k[i : i + COLUMNS] for k in kinds] for i in range(0, len(made), COLUMNS)]).cpu()
+
 # %% ../../nbs/45a_gan_pairs.ipynb #db471e14
 PAPER: dict[str, Any] = {"name": "adam", "lr": 2e-4, "betas": (0.5, 0.999)}  # the authors' optimizer
 
 
-class Pix2PixLearner(PairedLearner):
+class Pix2PixLearner(Translating):
     "Image-to-image translation from pairs; Isola et al. 2017."
 
     def __init__(
@@ -92,7 +166,7 @@ class Pix2PixLearner(PairedLearner):
         opt: Any = None,  # for both players, or {"generator": …, "discriminator": …}; None: Adam(2e-4, betas=(0.5, 0.999))
         *,
         l1: float = 100.0,  # weight of the mean |G(input) - target|
-        examples: Tensor | None = None,  # inputs whose translations are shown
+        examples: Any = None,  # what is shown: inputs, or (inputs, targets); None: the first of the data
         generator_terms: Any = None,  # more terms for the generator: name -> fn(round) or (fn, weight)
         **gan: Any,  # anything else a GANLearner takes
     ):
@@ -136,7 +210,7 @@ def scored(
     return scores.to(candidates.device)
 
 # %% ../../nbs/45a_gan_pairs.ipynb #4b0bdf37
-class MetricGANLearner(PairedLearner):
+class MetricGANLearner(Translating):
     "A discriminator that learns a score, and a generator that drives it to the target; Fu et al. 2019."
 
     def __init__(
@@ -150,7 +224,7 @@ class MetricGANLearner(PairedLearner):
         target: float = 1.0,  # the score that the generator is driven to
         perfect: float = 1.0,  # the references' own score
         score_inputs: bool = False,  # the discriminator learns the inputs' scores, too (MetricGAN+; Fu et al. 2021, §2.2)
-        examples: Tensor | None = None,  # inputs whose candidates are shown
+        examples: Any = None,  # what is shown: inputs, or (inputs, references); None: the first of the data
         discriminator_terms: Any = None,  # more terms for the discriminator: name -> fn(round) or (fn, weight)
         **gan: Any,  # anything else a GANLearner takes
     ):

@@ -13,34 +13,44 @@ import torch
 from torch import Tensor, nn
 
 from ..callback import Callback
+from ..callbacks.guards import as_written
+from .losses import wide
 from ..player import Player, unwrapped, whole_batches
 
 # %% auto #0
-__all__ = ['uncompiled', 'input_gradients', 'interpolate', 'slope_lengths', 'GradientPenalty', 'LipschitzPenalty', 'ZeroCentered',
-           'perturb', 'DRAGAN', 'R1', 'R2', 'Lazy']
+__all__ = ['uncompiled', 'logits_in', 'input_gradients', 'interpolate', 'slope_lengths', 'GradientPenalty', 'LipschitzPenalty',
+           'ZeroCentered', 'perturb', 'DRAGAN', 'R1', 'R2', 'Lazy']
 
 # %% ../../nbs/41_gan_penalties.ipynb #38e0f76d
 def uncompiled(
     net: Callable[..., Tensor],  # a module or a function
 ) -> Callable[..., Tensor]:
-    "The network as it runs without torch.compile, hooks included; whatever isn't compiled, as it is."
-    if not isinstance(net, nn.Module):
-        return net
-    inner = unwrapped(net)
-    return inner._call_impl if inner._compiled_call_impl is not None else inner
+    "The network inside the wrappers of torch.compile and data parallelism; whatever isn't wrapped, as it is."
+    return unwrapped(net) if isinstance(net, nn.Module) else net
 
 # %% ../../nbs/41_gan_penalties.ipynb #b76e20f0
+def logits_in(
+    said: Any,  # what a discriminator returned: logits, or (logits, more)
+) -> Tensor:
+    "The logits; TypeError for anything else, ValueError when they don't depend on the images."
+    logits = said[0] if isinstance(said, tuple) and said else said
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"a discriminator returns logits, or (logits, more); received {type(said).__name__}")
+    if not logits.requires_grad:
+        raise ValueError("the discriminator's logits don't depend on its images: they have no slope")
+    return logits
+
+# %% ../../nbs/41_gan_penalties.ipynb #ca3b3c26
 def input_gradients(
-    discriminator: Callable[..., Tensor],  # images (B, …), and labels if given, to logits (B, …)
+    discriminator: Callable[..., Any],  # images (B, …), and labels if given, to logits (B, …), or to (logits, more)
     images: Tensor,  # (B, …); detached here
     labels: Tensor | None = None,  # (B,), passed on when given
 ) -> Tensor:  # (B, …), in float32 or better, itself differentiable with respect to the discriminator's weights
     "The gradient of each image's logit with respect to that image."
-    dtype = torch.promote_types(images.dtype, torch.float32)
-    with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
-        x = images.detach().to(dtype).requires_grad_()
-        net = uncompiled(discriminator)
-        logits = net(x) if labels is None else net(x, labels)
+    net = uncompiled(discriminator)
+    with torch.enable_grad(), torch.autocast(images.device.type, enabled=False), as_written():
+        x = wide(images.detach()).requires_grad_()
+        logits = logits_in(net(x) if labels is None else net(x, labels))
         return torch.autograd.grad(logits.sum(), x, create_graph=True)[0]
 
 # %% ../../nbs/41_gan_penalties.ipynb #71ff7494
@@ -51,10 +61,10 @@ def interpolate(
     "x̂ = εx + (1-ε)G(z) with one ε ~ U(0, 1) per sample; Gulrajani et al. 2017, algorithm 1."
     if real.shape[1:] != fake.shape[1:]:
         raise ValueError(f"real and fake differ in shape: {tuple(real.shape)} and {tuple(fake.shape)}")
-    n, dtype = min(len(real), len(fake)), torch.promote_types(real.dtype, torch.float32)
-    real, fake = real[:n].detach().to(dtype), fake[:n].detach().to(real.device, dtype)
-    epsilon = torch.rand(n, *[1] * (real.ndim - 1), device=real.device, dtype=dtype)
-    return torch.lerp(fake, real, epsilon)
+    n = min(len(real), len(fake))
+    real = wide(real[:n].detach())
+    epsilon = torch.rand(n, *[1] * (real.ndim - 1), device=real.device, dtype=real.dtype)
+    return torch.lerp(fake[:n].detach().to(real), real, epsilon)
 
 # %% ../../nbs/41_gan_penalties.ipynb #899e776f
 def _checked_labels(labels: Tensor | None, batch: int) -> Tensor | None:
@@ -138,7 +148,7 @@ def perturb(
     scale: float = 0.5,  # standard deviation of the noise, in standard deviations of the whole batch
 ) -> Tensor:  # (B, …), detached, in float32 or better
     "x + δ with δ ~ N(0, (scale · std)²) for each pixel of each sample; Kodali et al. 2017, §3."
-    real = real.detach().to(torch.promote_types(real.dtype, torch.float32))
+    real = wide(real.detach())
     noise = torch.randn(real.shape, device=real.device, dtype=real.dtype)  # the same in each memory format
     return real + scale * real.std(correction=0) * noise
 

@@ -19,7 +19,7 @@ from ..device import evaluating
 from .diversity import Copies, nearest
 from .distances import features_of
 from .gauges import accuracy, detour, displacement, gap, gradient_norm, relative_step, separation, spread
-from .learner import Round, call, labels_for
+from .learner import GANSteps, Round
 from .metrics import answers_of
 from ..history import fetch
 from ..player import Player
@@ -34,11 +34,10 @@ def fixed_fakes(
     n: int,  # how many
     average: Average | None = None,  # make them with these weights instead of the generator's own
 ) -> tuple[Tensor, Tensor | None]:
-    "Fakes for the same noise (and the labels 0, 1, 2 … in turn) at every call, and their labels."
+    "Fakes for the same noise (and the labels 0, 1, 2 … in turn), or of the same examples, at every call; and their labels."
     with evaluating(learn.generator), average.applied(learn) if average else nullcontext(), learn.precision.autocast():
         torch.manual_seed(0)
-        labels = None if learn.labels == "none" else labels_for(None, n, learn.num_classes, learn.device)
-        return call(learn.generator, learn.latent(n, learn.device), labels), labels
+        return learn.made(n)
 
 
 def average_of(
@@ -84,9 +83,10 @@ class Reading(Callback):
 
     def after_forward(self, learn: Any) -> None:
         r, name = learn.pred, learn.player.name
+        r = next(iter(r.values())) if isinstance(r, dict) else r  # of several discriminators in one player: the first
         if name in self.wanted and name == "discriminator" and isinstance(r, Round) and r.real_logits is not None:
             real, fake = r.real_logits.detach(), r.fake_logits.detach()  # type: ignore[union-attr]
-            labels = None if r.real_labels is None else r.real_labels[: self.n]
+            labels = None if learn.labels == "none" or r.real_labels is None else r.real_labels[: self.n]
             self.taken |= {"separation": separation(real, fake), "gap": gap(real, fake), "accuracy": accuracy(real, fake),
                            "logit": torch.maximum(real.abs().max(), fake.abs().max()),
                            "real": spread(self.features(r.real), labels)}  # fmt: skip
@@ -178,9 +178,8 @@ def check_readable(
     who: str,  # reads it, for the message
 ) -> None:
     "ValueError for a learner whose gauges can't be read."
-    needed = [name for name in ("generator", "discriminator", "latent", "labels") if not hasattr(learn, name)]
     names = {p.name for p in learn.players}
-    if needed or not {"generator", "discriminator"} <= names:
+    if not isinstance(learn, GANSteps) or not {"generator", "discriminator"} <= names:
         raise ValueError(f"{who} reads a GANLearner, with a generator and a discriminator as players; received "
                          f"{type(learn).__name__} with {', '.join(map(repr, sorted(names)))}")  # fmt: skip
     if learn.labels != "none" and learn.num_classes < 1:

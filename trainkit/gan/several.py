@@ -40,11 +40,10 @@ class Judges(GANLearner):
     hardness: float
     _shared: Draw | None = None  # the batch's fakes for all discriminators
 
-    def _turns(self) -> None:
-        try:
-            super()._turns()
-        finally:
-            self._shared = None
+    def forget(self) -> None:
+        "Fakes are shared within a batch only."
+        super().forget()
+        self._shared = None
 
     def _fakes(self, n: int, labels: Tensor | None) -> Draw:
         self._shared = super()._fakes(n, labels) if self._shared is None else self._shared

@@ -19,10 +19,11 @@ from .cycle import CycleConsistency, IdentityMapping
 from .game import GameLearner
 from .learner import as_list, find_loss, judgement, per_player, with_own
 from .losses import GANLoss
+from .pairs import COLUMNS, PAPER, examples_of, in_rows
 from ..player import Player, Term, as_terms
 
 # %% auto #0
-__all__ = ['PAPER', 'Unpaired', 'ImagePool', 'Crossing', 'Crossings', 'CycleSteps', 'crossing_terms', 'judging_terms',
+__all__ = ['Unpaired', 'ImagePool', 'Crossing', 'Crossings', 'CycleSteps', 'crossing_terms', 'judging_terms', 'ThereAndBack',
            'CycleGANLearner']
 
 # %% ../../nbs/45c_gan_unpaired.ipynb #15a1f141
@@ -113,11 +114,10 @@ class Crossings(GameLearner):
     loss_of: Any  # the GAN loss
     _made: tuple[Tensor, Tensor] | None = None  # what the generators made of this batch
 
-    def _turns(self) -> None:
-        try:
-            super()._turns()
-        finally:
-            self._made = None
+    def forget(self) -> None:
+        "What the generators made is for this batch's discriminators only."
+        super().forget()
+        self._made = None
 
     def kinds_of(self, batch: Any) -> tuple[Tensor, Tensor]:
         "The images of both kinds."
@@ -191,10 +191,37 @@ def judging_terms(loss: GANLoss, penalties: list[Any], nets: dict[str, nn.Module
                     for p in penalties for key in nets]  # fmt: skip
 
 # %% ../../nbs/45c_gan_unpaired.ipynb #58e64f35
-PAPER: dict[str, Any] = {"name": "adam", "lr": 2e-4, "betas": (0.5, 0.999)}  # the authors' optimizer
+class ThereAndBack(CycleSteps):
+    "Looks at what becomes of images."
 
+    examples: Any  # (a, b), or None: the first of the data
+    n_samples: int = COLUMNS
 
-class CycleGANLearner(CycleSteps):
+    @between_steps
+    def translate(self, images: Tensor, to: str = "b") -> Tensor:
+        "Images of the other kind as kind `to`, on the CPU."
+        if to not in self.discriminators:
+            raise ValueError(f"translate(to=…) takes 'a' or 'b'; received {to!r}")
+        with self.observing("predicting"), self.precision.autocast():
+            return {"a": self.back, "b": self.there}[to](images.to(self.device)).float().cpu()
+
+    def predict_step(self, batch: Any) -> Tensor:
+        "Images of kind a as kind b."
+        return self.there(self.split(batch)[0][0])
+
+    @between_steps
+    def sample_fixed(self, n: int | None = None) -> Tensor:
+        "Rows of examples a, the same as b, and back as a; then those of b likewise. Of anything but images: a as b."
+        with self.observing("predicting"), self.precision.autocast():
+            torch.manual_seed(0)
+            a, b, *_ = examples_of(self, min(n or COLUMNS, COLUMNS))
+            fake_b, fake_a = self.there(a), self.back(b)
+            if fake_b.ndim != 4 or fake_a.ndim != 4:
+                return fake_b.float().cpu()
+            return in_rows([[a, fake_b, self.back(fake_b)], [b, fake_a, self.there(fake_a)]]).cpu()
+
+# %% ../../nbs/45c_gan_unpaired.ipynb #7a951d3b
+class CycleGANLearner(ThereAndBack):
     "Translation between two kinds of images without pairs, by four networks; Zhu et al. 2017."
 
     def __init__(
@@ -211,11 +238,12 @@ class CycleGANLearner(CycleSteps):
         identity: float = 0.5,  # weight of the identity loss, as a share of cycle; 0 leaves it out
         pool: int = 50,  # how many fakes of each kind are kept for the discriminators
         penalties: Any = (),  # one or more, of each discriminator (see gan.penalties)
+        examples: Any = None,  # what is shown: images (a, b) of both kinds; None: the first of the data
         generator_terms: Any = None,  # more terms for the generators: name -> fn(crossing) or (fn, weight)
         **learner: Any,  # anything else a Learner takes
     ):
         self.loss_of, opts = find_loss(loss), per_player(PAPER if opt is None else opt)
-        self.there, self.back, self.discriminators = there, back, {"a": judge_a, "b": judge_b}
+        self.there, self.back, self.discriminators, self.examples = there, back, {"a": judge_a, "b": judge_b}, examples
         self.pools = {key: ImagePool(pool, key) for key in self.discriminators}
         terms = crossing_terms(self.loss_of, there, back, cycle, identity)
         terms += as_terms(generator_terms) if generator_terms else []
@@ -224,15 +252,3 @@ class CycleGANLearner(CycleSteps):
         g = Player("generator", {"there": there, "back": back}, terms, opt=opts["generator"], step=self.generator_step)
         d = Player("discriminator", self.discriminators, judging, opt=opts["discriminator"], step=self.discriminator_step)
         super().__init__([g, d], dls, **learner)
-
-    @between_steps
-    def translate(self, images: Tensor, to: str = "b") -> Tensor:
-        "Images of the other kind as kind `to`, on the CPU."
-        if to not in self.discriminators:
-            raise ValueError(f"translate(to=…) takes 'a' or 'b'; received {to!r}")
-        with self.observing("predicting"), self.precision.autocast():
-            return {"a": self.back, "b": self.there}[to](images.to(self.device)).float().cpu()
-
-    def predict_step(self, batch: Any) -> Tensor:
-        "Images of kind a as kind b."
-        return self.there(self.split(batch)[0][0])

@@ -52,7 +52,7 @@ class Row:
         self.said.value = row_html(alarm)
         self.key.disabled = not alarm.command or bool(alarm.sent) or alarm.ended is not None
 
-
+# %% ../../nbs/55b_ui_doctor.ipynb #ead5c748
 class DoctorTab:
     "The newest alarms, to be put into a panel's tab."
 

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 from ..controls import Control
@@ -173,6 +174,14 @@ def standing_at(
     return f"{now} held" if "value" in control.held else f"{now} = {control.held['times']:g} × schedule"
 
 # %% ../../nbs/55_ui_knobs.ipynb #1ccea1ba
+@cache
+def _unechoed(widgets: Any) -> Any:
+    "A slider of whose moves other pages aren't told one by one."
+    from traitlets import CInt
+    value = CInt(0).tag(sync=True, echo_update=False)
+    return type("IntSlider", (widgets.IntSlider,), {"value": value, "__module__": __name__})
+
+
 def slider(
     widgets: Any,  # ipywidgets
     scale: Scale,
@@ -180,7 +189,7 @@ def slider(
 ) -> Any:
     "A slider over the positions of a scale."
     layout = widgets.Layout(flex="1 1 100px", min_width="90px", width="auto", margin="0 8px")
-    return answering(widgets.IntSlider(min=0, max=scale.steps, readout=False, tooltip=tip, layout=layout))
+    return answering(_unechoed(widgets)(min=0, max=scale.steps, readout=False, tooltip=tip, layout=layout))
 
 
 def field(
@@ -327,9 +336,9 @@ class Asking(Shown):
         with self.pen.lock:
             refused = isinstance(command, Exception)
             self.pending, self.note = (None, (f"refused: {command}", False)) if refused else (command, ("", True))
-            self.show(self.control)
+            if refused or not self.busy: self.show(self.control)  # under a hand, whoever refreshes says it
 
-# %% ../../nbs/55_ui_knobs.ipynb #bc489d7e
+# %% ../../nbs/55_ui_knobs.ipynb #d6b70e62
 def later(
     seconds: float,
     act: Callable[[], None],
@@ -340,12 +349,13 @@ def later(
     timer.start()
     return timer
 
-
+# %% ../../nbs/55_ui_knobs.ipynb #bc489d7e
 class Dial(Asking):
     "Shows where a knob stands, and sends what a hand does to it."
 
     pace = 0.1  # seconds, at least, between two commands of a slider under a hand: each costs the training time
     _moved: tuple[int, Scale, str] | None = None  # where to, until that is sent
+    _untold = False  # does another page still show the slider where it was?
     _next = -math.inf  # when the next command may be sent
 
     def __init__(self, widgets: Any, control: Control, send: Callable[..., None], pen: Pen, *more: Any):
@@ -372,8 +382,14 @@ class Dial(Asking):
             (position, scale, what), self._moved = self._moved, None
             self._next = time.monotonic() + self.pace
             moved = self.slider if what == "value" else self.times
-            moved.value, self.field.value = position, exact(value := scale.value(position))
+            moved.value, self.field.value, self._untold = position, exact(value := scale.value(position)), True
         self.ask("set", **{what: value})
+
+    def _move(self, value: float, times: float) -> None:
+        super()._move(value, times)
+        if self._untold:  # the hand rests
+            for moved in self.made[1:3]: moved.send_state("value")
+        self._untold = False
 
     def typed(self, text: str) -> None:
         "Something was typed."
@@ -481,7 +497,8 @@ class Deck(Dials):
 
     def flush(self) -> None:
         "Send where sliders were moved to."
-        for dial in [*self.dials.values()]: dial.flush()
+        for dial in [*self.dials.values()]:
+            if dial._moved is not None: dial.flush()
 
     def forget(self) -> None:
         "The journal has become another one."

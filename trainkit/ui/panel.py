@@ -275,17 +275,20 @@ class Sending(Drawing):
             if answered(command): self.refresh()
         self._settle_later()
 
+    @property
+    def touched(self) -> bool:
+        "Is a slider under a hand?"
+        view = self.view
+        return view is not None and view.deck.busy
+
     def _settle_later(self) -> None:
-        "Draw once more when no slider is under a hand."
+        "Refresh once more when no slider is under a hand."
         with self.pen.lock:
-            if self._timer is not None or self.view is None or not self.view.deck.busy: return
-            self._timer = later(self.hold, self._settle)
+            if self._timer is None and self.touched: self._timer = later(self.hold, self._settle)
 
     def _settle(self) -> None:
-        with self.pen.lock:
-            self._timer = None
-            self.redraw()
-            self._settle_later()
+        with self.pen.lock: self._timer = None
+        self._settle_later() if self.touched else self.refresh()
 
 # %% ../../nbs/55a_ui_panel.ipynb #128283dc
 class Storing(Sending):

@@ -1,0 +1,159 @@
+"""What the benchmarks share: alternating runs, medians of pairs, tables, the machine in a line.
+
+A program `benchmarks/NAME.py` has `measure(tiny) -> list[Table]` and is run from the project's root:
+
+    python -m benchmarks.NAME            writes benchmarks/results/NAME.md
+    python -m benchmarks.NAME --print    shows it only
+    python -m benchmarks.NAME --tiny     a few steps, shown only: does it run?
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import importlib.metadata
+import io
+import logging
+import os
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).resolve().parent / "results"
+ABSENT = "not installed"
+Work = Callable[[], Any]  # what is measured
+Maker = Callable[[], Work]  # prepares it, unmeasured
+Cell = str | float | int | None
+
+
+@dataclass
+class Table:
+    "Rows under a head, with a title above and notes below."
+
+    title: str
+    head: tuple[str, ...]
+    rows: list[tuple[Cell, ...]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [self.head, tuple("---" for _ in self.head), *(tuple(map(shown, row)) for row in self.rows)]
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return "\n\n".join([f"## {self.title}", table, *self.notes])
+
+
+def shown(cell: Cell) -> str:
+    "A cell as text: three digits are enough."
+    if cell is None: return "–"
+    if not isinstance(cell, float): return str(cell)
+    return f"{cell:.0f}" if abs(cell) >= 100 else f"{cell:.3g}"
+
+
+def seconds(work: Work, clock: Callable[[], float] = time.process_time) -> float:
+    "How long it takes by a clock: CPU time of all threads, if no other is given."
+    gc.collect(1)
+    start = clock()
+    work()
+    return clock() - start
+
+
+def versus(
+    base: Maker,  # what the others are compared with
+    others: Mapping[str, Maker],
+    runs: int,
+    measured: Callable[[Work], Any] = seconds,
+) -> dict[str, list[tuple[Any, Any]]]:
+    "The base and each of the others measured beside each other, in turn; a first round is not counted."
+    found: dict[str, list[tuple[Any, Any]]] = {name: [] for name in others}
+    for i in range(runs + 1):
+        for name, other in others.items():
+            with quiet():
+                works = [base(), other()]
+                if i % 2: pair = measured(works[0]), measured(works[1])
+                else: pair = (measured(works[1]), measured(works[0]))[::-1]
+            found[name].append(pair)
+    return {name: pairs[1:] for name, pairs in found.items()}
+
+
+def median(values: Any) -> float:
+    return statistics.median(list(values))
+
+
+def ratio(pairs: list[tuple[float, float]]) -> float:
+    "The median of other over base, each pair by itself."
+    return median(other / base for base, other in pairs)
+
+
+def spread(values: list[float]) -> str:
+    "The middle half of the values."
+    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values * 3)
+    return f"{shown(low)} – {shown(high)}"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    "Inside, nobody says anything."
+    logging.disable(logging.WARNING)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    logging.disable(logging.NOTSET)
+
+
+def version(package: str) -> str | None:
+    "What is installed of a package, if anything."
+    try: return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError: return None
+
+
+def present(peers: Mapping[str, Callable[..., Work]], *args: Any) -> tuple[dict[str, Maker], dict[str, str]]:
+    "Those that are installed and can be prepared; and what is wrong with the others."
+    lacking = {name: ABSENT for name in peers if version(name) is None}
+    for name in peers.keys() - lacking.keys():
+        try:
+            with quiet(): peers[name](*args)
+        except Exception as error:
+            lacking[name] = f"{version(name)}, doesn't run here: {type(error).__name__}"
+    return {name: partial(make, *args) for name, make in peers.items() if name not in lacking}, lacking
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def machine() -> str:
+    "What it was measured on."
+    load = f"; load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return (f"Python {platform.python_version()}, torch {torch.__version__}, numpy {version('numpy')}, {os.cpu_count()} cores "
+            f"({processor()}){gpu}, {torch.get_num_threads()} thread of torch's{load}.")
+
+
+def report(name: str, tables: list[Table], about: str) -> str:
+    "The tables under what the program's docstring says, its commands left out."
+    head, *rest = about.strip().split("\n\n")
+    prose = [" ".join(part.split()) for part in rest if not part.startswith("    ")]
+    return "\n\n".join([f"# {head}", *prose, f"Written by `python -m benchmarks.{name}`. {machine()}", *map(str, tables)]) + "\n"
+
+
+def main(name: str, measure: Callable[[bool], list[Table]], about: str) -> None:
+    "Measure, then write or show."
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--print", action="store_true", help="show the tables only")
+    parser.add_argument("--tiny", action="store_true", help="a few steps, shown only")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    text = report(name, measure(given.tiny), about or "")
+    print(text)
+    if not (given.tiny or given.print):
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{name}.md").write_text(text)

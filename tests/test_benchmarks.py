@@ -1,0 +1,152 @@
+"The benchmarks in a tiny form: each gives its tables, with numbers where numbers belong; how fast anything is, is not asked."
+import math
+import os
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import common
+from benchmarks.common import ABSENT, Table, present, ratio, seconds, shown, versus
+from benchmarks.peers import PEERS
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = ["loop", "optim", "gan", "imports", "checkpoints", "growth", "loaders", "syncs", "bytes"]
+
+
+@pytest.fixture(autouse=True)
+def untouched():
+    "Random state, environment and number of threads stay as they were."
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    env = {key: value for key, value in os.environ.items() if key.startswith("TRAINKIT")}
+    yield
+    torch.set_rng_state(state)
+    torch.set_num_threads(threads)
+    assert {key: value for key, value in os.environ.items() if key.startswith("TRAINKIT")} == env
+
+
+@pytest.fixture(scope="module")
+def tables():
+    "What was measured, by program; each is asked once."
+    found = {}
+
+    def ask(name) -> list[Table]:
+        if name not in found: found[name] = import_module(f"benchmarks.{name}").measure(True)
+        return found[name]
+
+    return ask
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gives_tables(name, tables):
+    for table in tables(name):
+        assert table.rows, table.title
+        for row in table.rows:
+            assert len(row) == len(table.head), row
+            assert isinstance(row[0], str) and row[0]
+            assert all(cell is None or isinstance(cell, (str, int, float)) for cell in row), row
+            assert all(math.isfinite(cell) for cell in row if isinstance(cell, float)), row
+        text = str(table)
+        assert text.count("\n| ") == len(table.rows) + 2 and all(note in text for note in table.notes)
+
+
+def column(table, row, head):
+    rows = {r[0]: r for r in table.rows}
+    return rows[row][table.head.index(head)]
+
+
+def test_loop(tables):
+    table, = tables("loop")
+    for name in ("trainkit, bare", "trainkit, defaults in a script", "trainkit, defaults in a terminal"):
+        assert column(table, name, "ratio") > 0 and column(table, name, "to reach, µs") in ("8", "15")
+    assert {row[0] for row in table.rows} >= set(PEERS)
+    for name in PEERS:
+        if common.version(name) is None: assert column(table, name, "version") == ABSENT and column(table, name, "ratio") is None
+
+
+def test_syncs(tables):
+    "The counter sees what a loop reads by hand, and nothing where nothing is read."
+    from benchmarks.syncs import counted
+
+    table, = tables("syncs")
+    assert column(table, "the plain loop", "reads") == 0
+
+    def reads():
+        x = torch.ones(3, device="meta")
+        return x[0].item(), float(x[1]), bool(x[2]), x.tolist(), x.cpu(), x.to("cpu"), x.numpy(), torch.equal(x, x + 1)
+
+    places = counted(reads)
+    assert sum(places.values()) == 8 and all("test_benchmarks.py" in place for place in places)
+    assert not counted(lambda: torch.ones(3).sum().item())  # a tensor on the CPU is there already
+
+
+def test_growth(tables):
+    table, plot = tables("growth")
+    assert [row[1] for row in table.rows] == [8000, 8000]
+    assert all(row[table.head.index("bytes a value")] >= 16 for row in table.rows)
+    assert table.rows[1][-1] > 5 and "spikes" in plot.notes[0]
+
+
+def test_checkpoints(tables):
+    table, = tables("checkpoints")
+    assert table.rows[0][0] == "3 MB" and "1 in flight at most" in table.notes[0]
+
+
+def test_bytes(tables):
+    table, = tables("bytes")
+    for row in table.rows:
+        assert 1 < row[table.head.index("left in the file, KB")] < row[table.head.index("sent, KB")]
+
+
+def test_imports(tables):
+    table, = tables("imports")
+    assert table.rows[0][0] == "`import trainkit`" and table.rows[0][-1] == "none of them"
+
+
+def test_pairs():
+    "The base is beside each of the others, before it or behind it in turn, and a first round is left out."
+    done = []
+
+    def maker(name):
+        return lambda: lambda: done.append(name)
+
+    found = versus(maker("base"), {"a": maker("a"), "b": maker("b")}, 2, lambda work: work() or len(done))
+    assert [sorted(done[i:i + 2]) for i in range(0, len(done), 2)] == [["a", "base"], ["b", "base"]] * 3
+    assert {name: len(pairs) for name, pairs in found.items()} == {"a": 2, "b": 2}
+    assert all(abs(base - other) == 1 for pairs in found.values() for base, other in pairs)
+    assert ratio([(1.0, 2.0), (2.0, 2.0), (4.0, 2.0)]) == 1.0
+
+
+def test_seconds():
+    ticks = iter([3.0, 10.0])
+    assert seconds(lambda: None, lambda: next(ticks)) == 7.0
+
+
+def test_lacking_peers(monkeypatch):
+    "Absent ones, and ones that fail, become rows that say so."
+    monkeypatch.setattr(common, "version", {"there": "1.0", "broken": "2.0"}.get)
+
+    def broken(data):
+        raise ImportError("no")
+
+    usable, lacking = present({"there": lambda data: lambda: data, "broken": broken, "absent": broken}, 5)
+    assert usable.keys() == {"there"} and usable["there"]()() == 5
+    assert lacking == {"absent": ABSENT, "broken": "2.0, doesn't run here: ImportError"}
+
+
+@pytest.mark.parametrize("cell, text", [(None, "–"), (1234.4, "1234"), (0.01234, "0.0123"), (7, "7"), ("x", "x")])
+def test_cells(cell, text):
+    assert shown(cell) == text
+
+
+def test_command_line(tmp_path):
+    "A program run by name shows its table, and in the tiny form writes nothing."
+    results = ROOT / "benchmarks" / "results" / "optim.md"
+    before = results.read_bytes() if results.is_file() else None
+    done = subprocess.run([sys.executable, "-m", "benchmarks.optim", "--tiny"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("# Adam and AdamW as they come") and "| trainkit, no opt given |" in done.stdout
+    assert (results.read_bytes() if results.is_file() else None) == before
