@@ -123,12 +123,13 @@ def panels_of(
     scalars: Scalars,  # what was recorded
     patterns: Sequence[str] | None = None,  # names or patterns such as "train/*" to draw; all when None
 ) -> dict[str, list[str]]:
-    "panel -> series, in the order they are drawn; a learning rate that never changed is left out."
+    "panel -> series, in the order they are drawn, a doctor's last; a learning rate that never changed is left out."
     names = [n for n in scalars if patterns is None or any(fnmatchcase(n, p) for p in patterns)]
     if patterns is None: names = [n for n in names if not n.startswith("lr/") or len(np.unique(scalars[n][1])) > 1]
     rank = {"loss": 0, "loss terms": 2, "learning rate": 3}
-    panels = sorted(dict.fromkeys(map(panel_of, names)), key=lambda panel: rank.get(panel, 1))
-    return {panel: [n for n in names if panel_of(n) == panel] for panel in panels}
+    panels = {panel: [n for n in names if panel_of(n) == panel] for panel in dict.fromkeys(map(panel_of, names))}
+    def place(panel: str) -> int: return 4 if all(n.startswith("doctor/") for n in panels[panel]) else rank.get(panel, 1)
+    return {panel: panels[panel] for panel in sorted(panels, key=place)}
 
 # %% ../../nbs/51_ui_plots.ipynb #82667d3f
 def label_of(
