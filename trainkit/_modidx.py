@@ -1647,7 +1647,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'trainkit.gan.learner.judgement': ('gan_learner.html#judgement', 'trainkit/gan/learner.py'),
                                       'trainkit.gan.learner.labels_for': ('gan_learner.html#labels_for', 'trainkit/gan/learner.py'),
                                       'trainkit.gan.learner.latent_of': ('gan_learner.html#latent_of', 'trainkit/gan/learner.py'),
-                                      'trainkit.gan.learner.logits_of': ('gan_learner.html#logits_of', 'trainkit/gan/learner.py'),
                                       'trainkit.gan.learner.penalised': ('gan_learner.html#penalised', 'trainkit/gan/learner.py'),
                                       'trainkit.gan.learner.per_player': ('gan_learner.html#per_player', 'trainkit/gan/learner.py'),
                                       'trainkit.gan.learner.wants_fake_labels': ( 'gan_learner.html#wants_fake_labels',

@@ -17,14 +17,13 @@ from ..background import between_steps
 from ..callback import Callback
 from .game import GameLearner
 from .losses import LOSSES, GANLoss, get_loss
-from .penalties import uncompiled
 from ..player import Player, Term, as_terms
 from ..shapes import key_of, locate, unknown
 
 # %% auto #0
-__all__ = ['EQUILIBRIUM', 'BY_NAME', 'Round', 'call', 'judgement', 'logits_of', 'latent_of', 'find_loss', 'Sampling', 'Draw',
-           'GANData', 'Fakes', 'GANSteps', 'wants_fake_labels', 'penalised', 'adversarial', 'as_list', 'GANLearner',
-           'with_own', 'per_player', 'check_gan', 'labels_for']
+__all__ = ['EQUILIBRIUM', 'BY_NAME', 'Round', 'call', 'judgement', 'latent_of', 'find_loss', 'Sampling', 'Draw', 'GANData',
+           'Fakes', 'GANSteps', 'wants_fake_labels', 'penalised', 'adversarial', 'as_list', 'GANLearner', 'with_own',
+           'per_player', 'check_gan', 'labels_for']
 
 # %% ../../nbs/44_gan_learner.ipynb #75c8c1f1
 @dataclass
@@ -56,11 +55,6 @@ def judgement(said: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
         kinds = ", ".join(type(x).__name__ for x in (said if isinstance(said, tuple) else [said]))
         raise TypeError(f"a discriminator returns logits, or (logits, {{name: tensor}}); received {kinds}")
     return logits, outputs
-
-
-def logits_of(net: nn.Module) -> Callable[..., Tensor]:
-    "A discriminator that says more, as a function that gives the logits only."
-    return lambda *inputs: judgement(uncompiled(net)(*inputs))[0]
 
 # %% ../../nbs/44_gan_learner.ipynb #9f88ea51
 def latent_of(latent: Any, generator: nn.Module) -> Callable[[int, torch.device], Tensor]:
@@ -246,9 +240,8 @@ def penalised(penalty: Any, labelled: bool = True) -> Callable[[Round], Tensor]:
     fakes = wants_fake_labels(penalty)
 
     def on_round(r: Round) -> Tensor:
-        net = logits_of(r.discriminator) if r.fake_outputs else r.discriminator
         labels = [r.real_labels, *([r.fake_labels] if fakes else [])] if labelled else [None]
-        return penalty(net, r.real, r.fake, *labels)
+        return penalty(r.discriminator, r.real, r.fake, *labels)
 
     return on_round
 
