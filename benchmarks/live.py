@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+import itertools
 import json
 import platform
 import re
@@ -38,9 +39,11 @@ PATIENT = """
 nap.update(after_batch=0)
 import os, threading
 seen, spent = [], [0.0]  # for each step: clock; CPU time of thread, process, commands; time without a core
-waiting = os.open(f"/proc/self/task/{threading.get_native_id()}/schedstat", os.O_RDONLY)
+files = {}  # of each thread that trains: how long it ran, how long it had no core
 def note(learn):
-    waited = int(os.pread(waiting, 99, 0).split()[1]) / 1e9
+    me = threading.get_native_id()
+    if me not in files: files[me] = os.open(f"/proc/self/task/{me}/schedstat", os.O_RDONLY)
+    waited = int(os.pread(files[me], 99, 0).split()[1]) / 1e9
     seen.append((time.time(), time.thread_time(), time.process_time(), spent[0], waited))
 def timed(heed):
     def heeding():
@@ -172,28 +175,45 @@ def clicks(lab: Lab, page: Any, background: bool) -> str:
     return f"| {how} | {statistics.median(late):.0f} | {p95:.0f} | {most:.0f} | {1000 * step:.1f} | 61 |"
 
 
-def dragged(lab: Lab, page: Any) -> str:
-    "Steps while a slider is dragged, and while nothing is touched, in turns."
-    notebook = opened(lab, page, "dragged", "gan.fit(steps=10**6)", "open('seen.json', 'w').write(json.dumps(seen))")
+def drag(page: Any, row: Any, milliseconds: float) -> None:
+    "To and fro, for so long."
+    handle, base = (row.locator(f".slider-container:visible .noUi-{part}").bounding_box() for part in ("handle", "base"))
+    y, end = base["y"] + base["height"] / 2, page.evaluate("Date.now()") + milliseconds
+    page.mouse.move(handle["x"] + handle["width"] / 2, y)
+    page.mouse.down()
+    for place in itertools.cycle([*range(30, 70, 2), *range(70, 30, -2)]):
+        page.mouse.move(base["x"] + place / 100 * base["width"], y)
+        page.wait_for_timeout(10)
+        if page.evaluate("Date.now()") > end:
+            return page.mouse.up()
+
+
+def dragged(lab: Lab, page: Any, background: bool, rounds: int = 12, milliseconds: int = 2500) -> str:
+    "Steps while a slider is dragged, while another one is that tells nobody, and while nothing is touched, in turns."
+    how = "background" if background else "foreground"
+    notebook = opened(lab, page, f"dragged-{how}", WHICH + f"\ngan.fit(steps=10**6, background={background})",
+                      "open('seen.json', 'w').write(json.dumps(seen))")  # fmt: skip
     notebook.run(1, wait=None)
     shown = Shown(page, notebook.output(1))
     shown.runs()
     page.wait_for_timeout(3000)
-    row, windows = shown.row("generator", "learning rate"), []
-    row.scroll_into_view_if_needed()
-    for order in ((True, False), (False, True)) * 3:
-        for drag in order:
+    rows = {True: shown.row("generator", "learning rate"), False: shown.row("discriminator", "learning rate")}
+    rows[True].scroll_into_view_if_needed()
+    rows[False].locator(".slider-container:visible .noUi-target").evaluate("slider => slider.noUiSlider.off()")
+    windows = []
+    for order in [*itertools.permutations((True, False, None))] * (rounds // 6):
+        for kind in order:
             begin = page.evaluate("Date.now()")
-            if drag:
-                shown.drag(row, [0.2, 0.8, 0.3, 0.7, 0.5])
-                page.wait_for_timeout(max(0, 4000 - (page.evaluate("Date.now()") - begin)))
-            else:
-                page.wait_for_timeout(4000)
-            windows.append((drag, begin / 1000, page.evaluate("Date.now()") / 1000))
+            page.wait_for_timeout(milliseconds) if kind is None else drag(page, rows[kind], milliseconds)
+            windows.append((kind, begin / 1000, page.evaluate("Date.now()") / 1000))
+            page.wait_for_timeout(700)  # what a hand has left is brought up to date
     stop(notebook, shown, 1)
     notebook.wait_idle()
     notebook.run(2)
-    return row_of("in a browser", windows, json.loads((lab.folder / "seen.json").read_text()))
+    seen = json.loads((lab.folder / "seen.json").read_text())
+    unheard = row_of(f"a page, {how}: one that tells nobody, beside none", windows, seen, False, None)
+    load = f" {os.getloadavg()[0]:.1f} |\n"
+    return unheard + load + row_of(f"a page, {how}: one that is heard, beside one that tells nobody", windows, seen, True, False)
 
 
 def window_of(seen: list[Any], begin: float, end: float) -> tuple[float, float, float]:
@@ -204,15 +224,12 @@ def window_of(seen: list[Any], begin: float, end: float) -> tuple[float, float, 
     return (len(rows) - 1) / had, 100 * heed / had, 100 * (process - cpu) / had
 
 
-def row_of(name: str, windows: list[tuple[bool, float, float]], seen: list[Any]) -> str:
-    found = [(drag, window_of(seen, a, b)) for drag, a, b in windows]
-    slower = list[float]()
-    for pair in zip(found[::2], found[1::2]):
-        rates = {drag: rate for drag, (rate, *_) in pair}
-        slower.append(100 * (rates[False] / rates[True] - 1))
+def row_of(name: str, windows: list[tuple[bool | None, float, float]], seen: list[Any], one: Any, other: Any) -> str:
+    "Windows of two kinds, compared in the order in which they came."
+    kinds = {kind: [window_of(seen, a, b) for which, a, b in windows if which is kind] for kind in (one, other)}
+    slower = [100 * (without[0] / with_it[0] - 1) for with_it, without in zip(kinds[one], kinds[other])]
     low, middle, high = statistics.quantiles(slower, n=4)
-    dragged, left = ([statistics.median(values[i] for kind, values in found if kind is drag) for i in range(3)]
-                     for drag in (True, False))  # fmt: skip
+    dragged, left = ([statistics.median(column) for column in zip(*kinds[kind])] for kind in (one, other))
     return (f"| {name} | {dragged[0]:.0f} | {left[0]:.0f} | {middle:.1f} % ({low:.1f} to {high:.1f}, {len(slower)} pairs) | "
             f"{dragged[1]:.1f} % and {left[1]:.1f} % | {dragged[2]:.1f} % and {left[2]:.1f} % |")  # fmt: skip
 
@@ -232,14 +249,15 @@ def dragged_alone(pairs: int = 24, seconds: float = 2.0) -> str:
                 client.connect_shell().close()  # ipykernel 7.0 to 7.3 can miss a request until somebody connects
             time.sleep(3)
             slider = json.loads(name.read_text())
-            for drag in (True, False, False, True) * (pairs // 2):
+            for moved in (True, None, None, True) * (pairs // 2):
                 begin = time.time()
-                move(client, slider if drag else "", begin + seconds)
-                windows.append((drag, begin, time.time()))
+                move(client, slider if moved else "", begin + seconds)
+                windows.append((moved, begin, time.time()))
                 time.sleep(0.7)  # what a hand has left is brought up to date
             manager.interrupt_kernel()
             client.execute_interactive("open('seen.json', 'w').write(json.dumps(seen))", output_hook=lambda message: None)
-            return row_of("a client alone", windows, json.loads((Path(folder) / "seen.json").read_text()))
+            seen = json.loads((Path(folder) / "seen.json").read_text())
+            return row_of("a client alone, foreground: one that is heard, beside none", windows, seen, True, None)
         finally:
             manager.shutdown_kernel(now=True)
 
@@ -369,13 +387,15 @@ def main() -> None:
         lines += [measured(clicks, background) for background in (False, True)]
     if "speed" in parts:
         lines += ["", "## A slider that is dragged", "",
-                  "Windows with and without, in pairs: two seconds each with a client alone, whose kernel draws no curves "
-                  "meanwhile (with and without alike they take a tenth of a second every few seconds); four with a browser, "
-                  "and what that draws takes the same two cores. The time in which the thread that trains had no core, as "
-                  "another process had it, doesn't count. Slower: the median of the pairs, and their quartiles.", "",
+                  "Windows in turns, of 2.5 seconds each. A page that draws a slider under a hand takes the same two cores as "
+                  "the training: so much as one costs that tells nobody (its handlers are taken off). What trainkit adds to "
+                  "that is the row below it. A client alone draws nothing. The kernel draws no curves meanwhile (with and "
+                  "without alike they take a tenth of a second every few seconds). The time in which the thread that trains "
+                  "had no core, as another process had it, doesn't count. Slower: the median of the pairs, and their "
+                  "quartiles.", "",
                   "| | steps a second with | without | slower | CPU for commands, with and without | of other threads | load |",
                   "|---|---|---|---|---|---|---|"]
-        lines += [measured(dragged), f"{dragged_alone()} {os.getloadavg()[0]:.1f} |", "",
+        lines += [*(measured(dragged, background) for background in (False, True)), f"{dragged_alone()} {os.getloadavg()[0]:.1f} |", "",
                   "## The dashboard", "", "In a kernel without a browser, which would take a core.", "",
                   "| | steps a second with | without | time of a step | its CPU time |", "|---|---|---|---|---|", beside_none()]
     if "long" in parts:

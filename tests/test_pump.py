@@ -479,6 +479,42 @@ def test_subshells(kernel):
     kernel.reply(kernel.send("delete_subshell_request", {"subshell_id": subshell}, channel="control"), "control")
 
 
+def subshell_of(kernel):
+    if not kernel.value("getattr(kernel, '_supports_kernel_subshells', False)") == "True":
+        return None
+    return kernel.reply(kernel.send("create_subshell_request", {}, "control"), "control")["subshell_id"]
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["main thread", "subshell"])
+def test_who_lingers_ends_with_the_next_message(kernel, own):
+    header = {"subshell_id": subshell} if own and (subshell := subshell_of(kernel)) else {}
+    kernel.run("answers.update(linger=lambda: module.linger(3600), briefly=lambda: module.linger(0.01)); seen.clear()")
+    moves = []
+    for _ in range(3):
+        moves.append(kernel.click("linger", **header))
+        kernel.output(moves[-1], ("status", "busy"))
+    last = kernel.click("briefly", **header)
+    for move in (*moves, last):
+        assert kernel.output(move) == [("status", "busy"), ("status", "idle")]
+    for _ in range(20):  # the stream has missed nothing
+        assert kernel.output(kernel.click("x", **header)) == [("status", "busy"), ("status", "idle")]
+    waiting = kernel.click("linger", **header)
+    kernel.output(waiting, ("status", "busy"))
+    others = [kernel.send("comm_info_request", {}, **header), kernel.execute("print('cell')")]
+    assert kernel.reply(others[0])["status"] == "ok"
+    kernel.click("briefly", **header)
+    assert kernel.output(waiting)[-1] == ("status", "idle") and kernel.text(others[1]) == "cell\n"
+    assert kernel.value("seen") == repr(["x"] * 20)
+
+
+def test_nobody_lingers_in_a_pump(kernel):
+    kernel.run("answers.update(linger=lambda: module.linger(3600))")
+    cell = kernel.start("polling()")
+    kernel.click("linger")
+    kernel.click("stop")
+    assert kernel.reply(cell)["status"] == "ok"
+
+
 def test_none_where_a_name_is_missing(kernel):
     offered = kernel.run("""
         class Without:

@@ -19,6 +19,7 @@ from typing import Any
 
 from ..controls import Control
 from ..journal import Entry
+from ..pump import Pump, linger
 from .gallery import answering, button, close_all
 
 # %% ../../nbs/55_ui_knobs.ipynb #da80352d
@@ -237,7 +238,7 @@ class Face:
 class Telling(Face):
     "Says where a knob stands, and what became of what was sent."
 
-    hold = 0.5  # seconds after a touch in which the slider isn't moved
+    hold = Pump.ANSWER + 0.5  # seconds after a touch in which the slider isn't moved: the next one may take so long to come
 
     def __init__(self, widgets: Any, control: Control, pen: Pen):
         super().__init__(widgets, control)
@@ -374,6 +375,7 @@ class Dial(Asking):
             self._moved, wait = (position, scale, what), self._next - self.touch
         if wait <= 0: self.flush()
         elif first: later(wait, self.flush)
+        linger()
 
     def flush(self) -> None:
         "Send where the slider was moved to, if that isn't on its way yet."

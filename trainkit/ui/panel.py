@@ -22,7 +22,7 @@ from ..pump import Pump
 from .buttons import Buttons, Ids, Message, said_of
 from .gallery import Controls as GalleryControls
 from .gallery import answering, button, close_all, gallery
-from .knobs import Deck, Pen, answered, later
+from .knobs import Deck, Dial, Pen, answered, later
 from .presets import Presets
 from .tables import journal_table, timings_table, undoable
 
@@ -171,7 +171,7 @@ class View:
 class Heard:
     "What was last heard of an endpoint."
 
-    hold = 0.5  # seconds after a touch in which a slider isn't moved by the run
+    hold = Dial.hold  # seconds after a touch in which a slider isn't moved by the run
 
     def __init__(self, endpoint: Any):
         self.endpoint, self.pen = reference(endpoint), Pen()
