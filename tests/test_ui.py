@@ -23,7 +23,7 @@ from trainkit.ui import front as front_module
 from trainkit.ui import plots, progress
 from trainkit.ui.front import front
 from trainkit.ui.marks import name_of, places, wide
-from trainkit.ui.plots import Curves, Plot, decimate, local_lines, plot_history, trend, view_limits
+from trainkit.ui.plots import Curves, Finished, Plot, decimate, local_lines, plot_history, trend, view_limits
 from trainkit.ui.progress import LogPlace, NotebookPlace, Progress, Status, Table, TerminalPlace
 from trainkit.ui.samples import Samples, compare, comparison_grid, sample_grid, to_uint8, watching
 from trainkit.ui.view import Budget, View, quietly
@@ -752,3 +752,17 @@ def test_front_says_what_is_not_installed(monkeypatch, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert [type(cb).__name__ for cb in front(Run(run=tmp_path))] == ["Progress", "Thumbnails"]
+
+
+@given(st.lists(st.tuples(st.integers(1, 900), st.booleans()), min_size=1, max_size=8))
+def test_what_is_kept_of_finished_stretches_changes_nothing(moves):
+    "A history grows, goes back now and then, and its curve is drawn each time."
+    history, finished, rng = History(), Finished(), np.random.default_rng(0)
+    for n, back in moves:
+        start = len(history)
+        if back and start: history.rewind(int(start * rng.random()))
+        start = len(history)
+        for step in range(start, start + n): history.add("train/loss", float(rng.normal()), step)
+        steps, values = history.scalars["train/loss"]
+        for drawn, plain in zip(decimate(steps, values, 100, finished), decimate(steps.copy(), values.copy(), 100)):
+            np.testing.assert_array_equal(drawn, plain)

@@ -204,9 +204,10 @@ def rng_state(
     "The states of all random generators, as tensors and plain types."
     if devices is None:
         devices = ["cuda"] * torch.cuda.is_initialized() + ["mps"] * torch.backends.mps.is_available()
+    version, own, gauss = random.getstate()
     name, words, *rest = np.random.get_state()
-    state: dict[str, Any] = {
-        "python": random.getstate(),
+    state: dict[str, Any] = {  # one tensor is checked, written and read much faster than 625 numbers
+        "python": (version, torch.from_numpy(np.array(own, dtype=np.int64)), gauss),
         "numpy": (name, torch.from_numpy(np.asarray(words, dtype=np.int64)), *rest),
         "torch": torch.get_rng_state(),
     }
@@ -218,8 +219,8 @@ def rng_state(
 
 # %% ../nbs/10_device.ipynb #8c167b86
 def _set_rng(state: Mapping[str, Any]) -> None:
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
+    version, words, gauss = state["python"]  # the words are a tuple in a file of an early version
+    random.setstate((version, tuple(words.tolist() if isinstance(words, torch.Tensor) else words), gauss))
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"].cpu())

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LAST_STEP', 'Value', 'ENCODE', 'UNREADABLE', 'Column', 'fetch', 'as_scalar', 'Columns', 'Mark', 'plain', 'mark_of',
            'Snapshot', 'Record', 'Reader', 'to_rows', 'to_line', 'to_lines', 'become', 'step_of', 'apply_row', 'replay',
-           'Waiting', 'Journal', 'Stored', 'to_state', 'check_columns', 'from_state', 'past_of', 'fork_of', 'catch_up',
-           'History']
+           'Waiting', 'Journal', 'Stored', 'marks_to_state', 'marks_of_state', 'to_state', 'check_columns',
+           'from_state', 'past_of', 'fork_of', 'catch_up', 'History']
 
 # %% ../nbs/01_history.ipynb #567cb02c
 import json
@@ -15,8 +15,9 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from itertools import groupby
 from operator import index
 from pathlib import Path
@@ -39,7 +40,7 @@ class Column:
         "Append values and the steps they belong to."
         n = self.n + len(steps)
         if n > len(self._steps):
-            size = max(n, len(self._steps) * 5 // 4)
+            size = max(n, (room := len(self._steps)) + room // (4 if room < 4096 else 16))  # 17 bytes a value at most
             self._steps, self._values = (np.concatenate([o[: self.n], np.empty(size - self.n, o.dtype)])
                                          for o in (self._steps, self._values))
         self._steps[self.n:n], self._values[self.n:n] = steps, values
@@ -149,6 +150,11 @@ class Mark:
     text: str = ""
     time: float = 0.0  # seconds since 1970
     data: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def json(self) -> str:
+        "As JSON; made once, however many checkpoints hold it."
+        return json.dumps(asdict(self))
 
 
 def plain(
@@ -479,16 +485,27 @@ class Stored(Reader):
         self.flush()
 
 # %% ../nbs/01_history.ipynb #69974001
+def marks_to_state(marks: Iterable[Mark]) -> str: return f"[{', '.join(m.json for m in marks)}]"
+
+
+def marks_of_state(
+    state: Mapping[str, Any],  # of a history
+) -> list[Mark]:
+    "The marks in it; those of an early version are a list of dictionaries."
+    marks = state["marks"]
+    return [mark_of(m) for m in (json.loads(marks) if isinstance(marks, str) else marks)]
+
+# %% ../nbs/01_history.ipynb #7e31a6d8
 def to_state(
     record: Record,  # what to save
 ) -> dict[str, Any]:
-    "Columns as int64 and float64 tensors, marks as plain types; pictures are not part of it."
+    "Columns as int64 and float64 tensors, marks as a text; pictures are not part of it."
     now = record.snapshot()
     columns = {n: {"steps": torch.from_numpy(s.copy()), "values": torch.from_numpy(v.copy())}
                for n, (s, v) in now.scalars.items()}
-    return {"columns": columns, "marks": [asdict(m) for m in now.marks]}
+    return {"columns": columns, "marks": marks_to_state(now.marks)}
 
-# %% ../nbs/01_history.ipynb #edef9e23
+# %% ../nbs/01_history.ipynb #e9199deb
 def check_columns(pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:  # name -> (steps, values)
     "ValueError for columns that `to_state` never makes: of another form, or more of them than there is memory behind."
     for name, (steps, values) in pairs.items():
@@ -512,7 +529,7 @@ def from_state(
         for name, (steps, values) in pairs.items():
             record._columns[name] = Column()
             record._columns[name].extend(steps.numpy(), values.numpy())
-        record._marks = [mark_of(m) for m in state["marks"]]
+        record._marks = marks_of_state(state)
     except UNREADABLE as e: raise ValueError(f"not the state of a history: {e!r:.300}") from e
     return record
 

@@ -11,11 +11,12 @@ import time
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['Entry', 'as_entry', 'in_words', 'Written', 'Journal', 'table']
+__all__ = ['Entry', 'as_entry', 'in_words', 'Written', 'entries_of_state', 'Journal', 'table']
 
 # %% ../nbs/03_journal.ipynb #260e8802
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ class Entry:
     fitting: bool = False  # inside a fit, or between two
     before: dict[str, Any] | None = None  # what it takes to undo it
     follows: str | None = None  # the entry it comes after ("": none), where that isn't the line above
+
+    @cached_property
+    def json(self) -> str:
+        "As strict JSON; made once, however many checkpoints hold it. ValueError for numbers that JSON lacks."
+        return json.dumps(asdict(self), allow_nan=False)
 
 # %% ../nbs/03_journal.ipynb #d9d9d75c
 _KINDS: dict[str, Any] = {
@@ -79,7 +85,7 @@ def in_words(
 
 # %% ../nbs/03_journal.ipynb #34abf95d
 def _line(entry: Entry) -> bytes:
-    return json.dumps(vars(entry), allow_nan=False).encode()
+    return entry.json.encode()
 
 
 class Written:
@@ -136,19 +142,31 @@ class Written:
         return len(self.entries)
 
 # %% ../nbs/03_journal.ipynb #13ea218d
+def entries_of_state(
+    state: Any,  # what `Journal.state_dict` gave; of an early version: with a list of dictionaries
+) -> tuple[Entry, ...]:
+    "The entries in it; ValueError if it is no journal's."
+    rows = state.get("entries") if isinstance(state, Mapping) else None
+    if isinstance(rows, str):
+        try:
+            rows = json.loads(rows)
+        except RecursionError as error:
+            raise ValueError("a journal's entries are nested too deeply to be read") from error
+    if not isinstance(rows, (list, tuple)):
+        raise ValueError(f"a journal's state has a list of entries; received {state!r:.80}")
+    return tuple(as_entry(row) for row in rows)
+
+# %% ../nbs/03_journal.ipynb #570f3502
 class Journal(Written):
     "The touches that led to a run's present state."
 
     def state_dict(self) -> dict[str, Any]:
-        "The entries as plain types."
-        return {"entries": [asdict(entry) for entry in self.entries]}
+        "The entries, as one text of JSON: there may be thousands, and each checkpoint holds them all."
+        return {"entries": f"[{', '.join(entry.json for entry in self.entries)}]"}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         "Become what `state_dict` described; ValueError, and no change, if that isn't a journal's."
-        rows = state.get("entries") if isinstance(state, Mapping) else None
-        if not isinstance(rows, (list, tuple)):
-            raise ValueError(f"a journal's state has a list of entries; received {state!r:.80}")
-        self.entries, self._jumped = tuple(as_entry(row) for row in rows), True
+        self.entries, self._jumped = entries_of_state(state), True
         self.version += 1
 
     @classmethod

@@ -23,7 +23,7 @@ from .callback import On
 from .checkpoint import CheckpointError, Checkpoints, read_checkpoint
 from .commands import COMMANDS, Command
 from .history import History
-from .journal import Entry, Journal, as_entry, in_words
+from .journal import Entry, Journal, entries_of_state, in_words
 from .player import unwrapped
 
 # %% auto #0
@@ -255,7 +255,7 @@ def source_of_state(state: Mapping[str, Any], run: Path | None) -> Source:
     owed = position.get("owed", False) and position.get("looked") != position["step"]
     end = Place(position["step"], position["epoch"], position.get("drawn", False), owed)
     digest = digest_of({name: player["modules"] for name, player in state["players"].items()})
-    return Source([as_entry(row) for row in journal["entries"]], end, digest, run)
+    return Source([*entries_of_state(journal)], end, digest, run)
 
 
 def source_of(

@@ -13,6 +13,7 @@ import torch
 from ..callback import Callback
 from .stopping import whole
 from ..checkpoint import check_plain
+from ..history import marks_of_state, marks_to_state
 
 # %% auto #0
 __all__ = ['lengths', 'cut', 'finite', 'States', 'Recent']
@@ -26,7 +27,7 @@ def lengths(history: Any) -> dict[str, Any]:
 def cut(history: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
     "The state of a history as it was when it had those lengths; it has only grown since then."
     columns = {name: {key: values[:n] for key, values in history["columns"][name].items()} for name, n in kept["columns"].items()}
-    return {**history, "columns": columns, "marks": history["marks"][: kept["marks"]]}
+    return {**history, "columns": columns, "marks": marks_to_state(marks_of_state(history)[: kept["marks"]])}
 
 
 def finite(learn: Any) -> bool:
