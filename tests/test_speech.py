@@ -1,0 +1,75 @@
+"The speech tutorial: its notebook and its script say the same, and what its stored outputs claim holds."
+
+import csv
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbclient
+import nbformat
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOK, SCRIPT = ROOT / "nbs/tutorials/11_speech.ipynb", ROOT / "examples/speech.py"
+SHORTER = {'SHORT = {"epochs": 6, "samples": 160,': 'SHORT = {"epochs": 2, "samples": 64,',
+           "SEEDS, TUNING = SHORT, (0, 1), 24": "SEEDS, TUNING = SHORT, (0,), 3"}  # fmt: skip
+SAID = r"SI-SDR of an unheard voice: ([+-][\d.]+) dB in music, ([+-][\d.]+) dB in babble"
+MEANS = r"^\| (music|babble) \| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$"
+
+
+def text_of(nb: nbformat.NotebookNode) -> str:
+    "What a notebook printed."
+    return "".join(o.text for c in nb.cells if c.cell_type == "code" for o in c.outputs if o.output_type == "stream")
+
+
+def outputs(nb: nbformat.NotebookNode, kind: str) -> list[str]:
+    return [o.data[kind] for c in nb.cells if c.cell_type == "code" for o in c.outputs if kind in o.get("data", {})]
+
+
+def test_notebook_and_script_say_the_same(tmp_path, monkeypatch):
+    monkeypatch.delenv("TRAINKIT_WHERE", raising=False)  # a kernel of its own knows where it is
+    nb = nbformat.read(NOTEBOOK, as_version=4)
+    for old, new in SHORTER.items():
+        assert sum(old in cell.source for cell in nb.cells) == 1, old
+        for cell in nb.cells:
+            cell.source = cell.source.replace(old, new)
+    (here := tmp_path / "notebook").mkdir()
+    client = nbclient.NotebookClient(nb, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(here)}})
+    said = text_of(client.execute(cwd=str(here)))
+    command = [sys.executable, SCRIPT, "--epochs", "2", "--samples", "64", "--run", "runs/speech"]
+    ours = subprocess.run(command, check=True, cwd=tmp_path, capture_output=True, text=True, env=os.environ).stdout
+    assert re.search(SAID, ours)[0] == re.search(SAID, said)[0]
+    assert re.findall(MEANS, ours, re.MULTILINE) == re.findall(MEANS, said, re.MULTILINE) != []
+    assert all(float(gain) > 0.2 for gain in re.search(SAID, ours).groups()), "two seeds gave +0.46 to +0.76 dB"
+    for kind, files, snr, noisy, found, *_ in re.findall(MEANS, ours, re.MULTILINE):
+        with (tmp_path / "runs/speech/metrics" / f"{kind}.csv").open(newline="") as file:
+            rows = [*csv.DictReader(file)]
+        assert len(rows) == int(files) == 16 and {row["snr"] for row in rows} == {"-3.0", "0.0", "3.0", "6.0"}
+        for name, mean in ("snr", snr), ("noisy", noisy), ("si_sdr", found):
+            assert abs(sum(float(row[name]) for row in rows) / len(rows) - float(mean)) < 0.006, name
+        tables = [folder / f"runs/speech/metrics/{kind}.csv" for folder in (here, tmp_path)]
+        assert tables[0].read_text() == tables[1].read_text()
+
+
+def test_the_stored_notebook():
+    "What a reader sees: a voice that was never heard, more than a decibel cleaner, from two seeds."
+    nb = nbformat.read(NOTEBOOK, as_version=4)
+    said = text_of(nb)
+    ideal = re.search(r"ideal ratio mask: \+([\d.]+) dB in music, \+([\d.]+) dB in babble", said)
+    trained = re.findall(r"^[01] +trained +([\d.]+) +([\d.]+) +(\S+) +(\S+)$", said, re.MULTILINE)
+    assert len(trained) == 2
+    for _, _, music, babble in trained:
+        assert 1.5 < float(music) < float(ideal[1]) and 1.0 < float(babble) < float(ideal[2])
+    best = [*map(float, re.search(SAID, said).groups())]
+    assert best[0] > 1.5 and best[1] > 1
+    means = {row[0]: row[1:] for row in re.findall(MEANS, said, re.MULTILINE)}
+    for kind, gain in zip(("music", "babble"), best):
+        assert abs(float(means[kind][3]) - float(means[kind][2]) - gain) < 0.02
+    tuned = re.findall(r"^ +\+ steps( with a critic)? +([\d.]+) +([\d.]+) +(\S+) +(\S+)$", said, re.MULTILINE)
+    controls, critics = ([[*map(float, row[1:3])] for row in tuned if bool(row[0]) is critic] for critic in (False, True))
+    changes = [b - a for pair in zip(controls, critics) for a, b in zip(*pair)]
+    higher, of, mean = re.search(r"STOI is higher in (\d) of (\d) comparisons, by ([+-][\d.]+) on average", said).groups()
+    assert (int(of), sum(c > 0 for c in changes)) == (len(changes), int(higher)) and abs(sum(changes) / 4 - float(mean)) < 2e-4
+    assert len(outputs(nb, "image/png")) >= 2 and outputs(nb, "text/html")[-1].count("<audio") == 3
+    assert NOTEBOOK.stat().st_size < 400_000
