@@ -8,18 +8,21 @@ each pair one right beside the other; medians of the ratios.
 """
 from __future__ import annotations
 
+import random
 import resource
 import time
 from collections.abc import Callable
 from functools import partial
+from timeit import timeit
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from benchmarks import common
 from benchmarks.common import Table, Work, median, spread, versus
 from trainkit.datasets import mnist_5k
-from trainkit.seeds import SeededStream
+from trainkit.seeds import SeededStream, seed_sample
 
 BATCH = 64
 
@@ -101,7 +104,19 @@ def measure(tiny: bool = False) -> list[Table]:
             table.rows.append((name, workers, median(ratios[0]), median(ratios[1]), spread(ratios[1]), median(ratios[2]), "1.03",
                                epoch))
     table.notes.append("The last column is torch's, with the workers.")
-    return [table]
+    return [table, floor(10 if tiny else 20_000)]
+
+
+def floor(n: int) -> Table:
+    "What the generators themselves take to begin anew."
+    table = Table("Giving one sample random numbers of its own", ("generator", "µs"))
+    seeds: dict[str, Callable[[], object]] = {
+        "torch's": partial(torch.default_generator.manual_seed, 2**63 + 5), "NumPy's": partial(np.random.seed, 2**31 + 5),
+        "Python's": partial(random.seed, 2**63 + 5), "all three, as a sample gets them": partial(seed_sample, 2**63 + 5)}  # fmt: skip
+    table.rows += [(name, median(timeit(seed, number=n) / n * 1e6 for _ in range(5))) for name, seed in seeds.items()]
+    table.notes.append("So that a sample is the same in any batch, in any worker, and after a restore. A dataset with "
+                       "`__getitems__`, and tensors, are seeded once a batch.")
+    return table
 
 
 if __name__ == "__main__":

