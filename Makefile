@@ -20,7 +20,7 @@ unexport PYTHONHOME PYTHONPATH
 
 headline = @printf '\n== %s\n' '$(1)'
 
-.PHONY: bench test-kernels help demo lab test export clean drift unclean readme lint types notebooks unit browser chromium
+.PHONY: bench test-kernels test-trackers help demo lab test export clean drift unclean readme lint types notebooks unit browser chromium
 
 help:
 	@sed -n '1,/^$$/s/^# //p' Makefile
@@ -41,8 +41,7 @@ $(STAMP): pyproject.toml constraints.txt
 RECORDINGS := $(VENV)/.recordings
 $(RECORDINGS): tools/recordings.sh | $(STAMP)
 	$(call headline,recordings of speech: once)
-	@$(BIN)/python -c 'import sys; from trainkit.speech.data import PACKAGES; print(sys.prefix, *PACKAGES)' \
-		| { read -r -a args && bash tools/recordings.sh "$${args[@]}"; }
+	@bash tools/recordings.sh $(VENV) $$($(BIN)/python -c 'from trainkit.speech.data import PACKAGES; print(*PACKAGES)')
 	@touch $@
 
 # --- using it
@@ -105,6 +104,11 @@ test-kernels: export OMP_NUM_THREADS := 1
 test-kernels: $(STAMP)
 	$(call headline,tests with several versions of ipykernel)
 	@$(BIN)/python tools/kernels.py $(KERNEL_TESTS)
+
+# nor this, which installs experiment trackers: do the writers fit them?
+test-trackers: $(STAMP)
+	$(call headline,writers with the real trackers)
+	@$(BIN)/python tools/trackers.py
 
 # not part of `make test` either: the peers go into an environment of their own, on top of this one
 BENCHMARKS ?= loop optim gan imports checkpoints growth loaders syncs bytes view
