@@ -111,7 +111,7 @@ test-trackers: $(STAMP)
 	@$(BIN)/python tools/trackers.py
 
 # not part of `make test` either: the peers go into an environment of their own, on top of this one
-BENCHMARKS ?= loop optim gan imports checkpoints growth loaders syncs bytes view
+BENCHMARKS ?= loop optim gan imports checkpoints growth loaders syncs bytes view scale
 PEERS := $(VENV)-bench/.installed
 
 $(PEERS): $(STAMP) benchmarks/constraints.txt

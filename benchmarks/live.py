@@ -395,7 +395,8 @@ def main() -> None:
                   "quartiles.", "",
                   "| | steps a second with | without | slower | CPU for commands, with and without | of other threads | load |",
                   "|---|---|---|---|---|---|---|"]
-        lines += [*(measured(dragged, background) for background in (False, True)), f"{dragged_alone()} {os.getloadavg()[0]:.1f} |", "",
+        lines += [*(measured(dragged, background) for background in (False, True)),
+                  f"{dragged_alone()} {os.getloadavg()[0]:.1f} |", "",
                   "## The dashboard", "", "In a kernel without a browser, which would take a core.", "",
                   "| | steps a second with | without | time of a step | its CPU time |", "|---|---|---|---|---|", beside_none()]
     if "long" in parts:

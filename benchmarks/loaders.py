@@ -112,7 +112,8 @@ def floor(n: int) -> Table:
     table = Table("Giving one sample random numbers of its own", ("generator", "µs"))
     seeds: dict[str, Callable[[], object]] = {
         "torch's": partial(torch.default_generator.manual_seed, 2**63 + 5), "NumPy's": partial(np.random.seed, 2**31 + 5),
-        "Python's": partial(random.seed, 2**63 + 5), "all three, as a sample gets them": partial(seed_sample, 2**63 + 5)}  # fmt: skip
+        "Python's": partial(random.seed, 2**63 + 5),
+        "all three, as a sample gets them": partial(seed_sample, 2**63 + 5)}  # fmt: skip
     table.rows += [(name, median(timeit(seed, number=n) / n * 1e6 for _ in range(5))) for name, seed in seeds.items()]
     table.notes.append("So that a sample is the same in any batch, in any worker, and after a restore. A dataset with "
                        "`__getitems__`, and tensors, are seeded once a batch.")

@@ -1,0 +1,352 @@
+"""Two and four ranks (gloo, real processes) do what one does with the joint batch; they stop, fail and come back together.
+
+What the ranks do stands in ranks.py; every launch does many things, as starting torch is what takes the time.
+"""
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+import ranks  # noqa: E402
+
+from trainkit.attached import attach  # noqa: E402
+from trainkit.distributed import Distributed, Parcel, as_distributed, pieces  # noqa: E402
+from trainkit.learner import Learner  # noqa: E402
+
+EXACT = 1e-12  # float64: sums in another order
+SAME = ["plain", "adamw", "accumulated", "random_samples", "batches_in_a_list", "unused", "gan_every", "gan_at_once",
+        "gan_penalty", "looked", "averaged", "early", "steered", "calm"]  # fmt: skip
+TWO = [*SAME, "whole_numbers", "norms", "gan_norms", "stopped_by_one", "seldom", "saved", "resumed", "calm_resumed", "missing",
+       "all_cancel", "refused"]  # fmt: skip
+FOUR = ["plain", "accumulated", "gan_every", "gan_penalty", "looked", "stopped_by_one", "steered", "calm_resumed",
+        "whole_numbers"]  # fmt: skip
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def environment(**more):
+    own = {"OMP_NUM_THREADS": "1", "TRAINKIT_WHERE": "script", "PYTHONPATH": str(HERE.parent), "PYTHONWARNINGS": "ignore"}
+    return {**os.environ, **own, **{key: str(value) for key, value in more.items()}}
+
+
+def launch(n, folder, *names):
+    start = ["-m", "torch.distributed.run", "--nproc-per-node", str(n), "--master-port", str(free_port())] if n > 1 else []
+    return subprocess.Popen([sys.executable, *start, str(HERE / "ranks.py"), str(folder), *names], env=environment(), cwd=folder,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+
+
+def finished(process, seconds=400):
+    out, _ = process.communicate(timeout=seconds)
+    assert process.returncode == 0, out[-3000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    "The folders of one, two and four ranks; two ranks' checkpoints are there for the others to go on with."
+    one, two, four = (tmp_path_factory.mktemp(name) for name in ("one", "two", "four"))
+    alone, both = launch(1, one, *SAME, "whole_numbers"), launch(2, two, *TWO)
+    finished(alone), finished(both)
+    for folder in one, four:
+        subprocess.run(["cp", "-r", str(two / "calm"), str(folder / "calm2")], check=True)
+    (four / "calm2").rename(four / "calm")
+    finished(launch(4, four, *FOUR))
+    return {1: one, 2: two, 4: four}
+
+
+def found(runs, n, name):
+    return torch.load(runs[n] / f"{name}.pt", weights_only=False)
+
+
+def apart(a, b):
+    "The largest difference of two results' weights."
+    return max(float((a["weights"][p][k] - b["weights"][p][k]).abs().max()) for p in a["weights"] for k in a["weights"][p])
+
+
+def assert_one(every):
+    "All ranks hold the same weights, optimizer state and history, to the bit."
+    for other in every[1:]:
+        assert apart(every[0], other) == 0 and other["history"] == every[0]["history"]
+        for mine, theirs in zip(every[0]["opt"], other["opt"]):
+            for key, kept in mine["state"].items():
+                assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(theirs["state"][key][k])) for k, v in kept.items())
+
+
+# ------------------------------------------------------------------------------------------------------ one joint batch
+
+
+@pytest.mark.parametrize("n, name", [*((2, name) for name in SAME), *((4, name) for name in FOUR if name in SAME)])
+def test_ranks_do_what_one_process_does_with_the_joint_batch(runs, n, name):
+    every, (alone,) = found(runs, n, name), found(runs, 1, name)
+    assert len(every) == n
+    assert_one(every)
+    assert apart(every[0], alone) < EXACT
+    for key in ("step", "epoch", "state"):
+        assert every[0][key] == alone[key]
+    assert every[0]["history"].keys() == alone["history"].keys()
+    for series, (steps, values) in alone["history"].items():
+        assert every[0]["history"][series][0] == steps
+        torch.testing.assert_close(torch.tensor(every[0]["history"][series][1]), torch.tensor(values), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_where_sums_are_exact_so_are_the_weights(runs, n):
+    (alone,) = found(runs, 1, "whole_numbers")
+    assert apart(found(runs, n, "whole_numbers")[0], alone) == 0 and float(alone["weights"]["model"]["weight"].abs().sum()) > 0
+
+
+def test_the_loss_of_one_shard_is_not_the_joint_one(runs):
+    "What is recorded is the joint batch's: so it must differ from what rank 0 saw alone."
+    saved = found(runs, 2, "saved")
+    assert saved[0]["noise"] != saved[1]["noise"]  # what the ranks computed
+    assert saved[0]["history"] == saved[1]["history"]  # what they say
+
+
+def test_gradients_that_wait_stay_at_home(runs):
+    "A turn without a step sends a few numbers; the gradients travel once a step."
+    sent = found(runs, 2, "accumulated")[0]["sent"]
+    grew = [(b[1] - a[1], b[2]) for a, b in zip(sent, sent[1:])]
+    gradients = 8 * sum(p.numel() for p in ranks.net().parameters())
+    assert {stepped for _, stepped in grew} == {True, False}
+    assert all(more < 200 for more, stepped in grew if not stepped)
+    assert all(gradients < more < gradients + 400 for more, stepped in grew if stepped)
+
+
+@pytest.mark.parametrize("name", ["norms", "gan_norms"])
+def test_running_statistics_are_one_and_everybodys(runs, name):
+    every = found(runs, 2, name)
+    assert_one(every)
+    stats = [v for p in every[0]["weights"].values() for k, v in p.items() if "running" in k]
+    assert stats and all(v.isfinite().all() and v.abs().sum() > 0 for v in stats)
+
+
+def test_an_average_counts_each_step_once(runs):
+    every, (alone,) = found(runs, 2, "averaged"), found(runs, 1, "averaged")
+    for mine in every:
+        assert mine["counts"] == alone["counts"] == {"model": 12}
+        assert all((mine["averages"][k] - v).abs().max() < EXACT for k, v in alone["averages"].items())
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_everything_is_looked_at_once(runs, n):
+    "Each rank has what one process finds: predictions in order, metrics with and without a state, an epoch's own score."
+    (alone,) = found(runs, 1, "looked")
+    assert alone["predicted"].shape == (13, 1) and alone["again"]["valid/n"] == 4
+    for mine in found(runs, n, "looked"):
+        torch.testing.assert_close(mine["predicted"], alone["predicted"], rtol=0, atol=EXACT)
+        for what in "tested", "again":
+            assert mine[what].keys() == alone[what].keys()
+            assert all(abs(mine[what][k] - v) < 1e-6 for k, v in alone[what].items())
+
+
+# ------------------------------------------------------------------------------------------------------------ together
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_what_one_rank_wishes_all_do_at_the_same_step(runs, n):
+    assert {(r["step"], r["state"]) for r in found(runs, n, "stopped_by_one")} == {(4, "stopped")}
+
+
+def test_early_stopping_ends_all(runs):
+    assert {(r["step"], r["epoch"], r["state"]) for r in found(runs, 2, "early")} == {(18, 3, "stopped")}
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_commands_act_on_all_ranks_before_the_same_step(runs, n):
+    every, (alone,) = found(runs, n, "steered"), found(runs, 1, "steered")
+    for mine in every:
+        assert mine["rates"] == alone["rates"] and mine["asked"] == alone["asked"]
+    assert {0.1, 0.01} == {rate for _, rate in alone["rates"]} and ("restore", 2, "") in alone["asked"]
+
+
+def test_only_rank_0_writes(runs):
+    files = found(runs, 2, "steered")[0]["files"]
+    assert {"checkpoints", "history.jsonl", "journal.jsonl"} <= set(files)
+    lines = [line for line in found(runs, 2, "saved")[0]["lines"] if "train/loss" in line]
+    assert len(lines) == len({*lines}) == 18  # two writers would have written everything twice
+
+
+def test_councils_are_rare(runs):
+    "Two at each epoch's end here, and some between; not one a step."
+    every = found(runs, 2, "seldom")
+    assert len({r["step"] for r in every}) == 1 and every[0]["state"] == "stopped" and every[0]["step"] >= 300
+    assert every[0]["councils"] < 0.6 * every[0]["step"]
+
+
+# --------------------------------------------------------------------------------------------------------- coming back
+
+
+def test_resumed_by_as_many_ranks_nothing_has_changed(runs):
+    "Dropout, a window of gradients that is open, an average, a schedule: to the bit."
+    (through, _), back = found(runs, 2, "saved"), found(runs, 2, "resumed")
+    assert back[0]["start"] == 8 and through["step"] == back[0]["step"] == 18
+    assert_one(back)
+    assert apart(through, back[0]) == 0 and through["history"] == back[0]["history"]
+
+
+@pytest.mark.parametrize("n, atol", [(2, 0.0), (4, EXACT)])
+def test_resumed_by_another_number_of_ranks(runs, n, atol):
+    back = found(runs, n, "calm_resumed")
+    assert_one(back)
+    assert apart(found(runs, 2, "calm")[0], back[0]) <= atol and back[0]["step"] == 18
+
+
+def test_resumed_by_a_learner_that_knows_nothing_of_ranks(runs):
+    learn = ranks.learner(ranks.net(seed=9), run=runs[1] / "calm2", accumulate=3, distributed=None, keep="all", save_every="none",
+                          opt=ranks.OptimBuilder("sgd", lr=0.1, momentum=0.9))  # fmt: skip
+    assert type(learn) is Learner
+    learn.restore(8)
+    learn.fit()
+    assert apart(found(runs, 2, "calm")[0], ranks.told_alone(learn)) < EXACT
+
+
+def test_what_rank_0_cannot_read_nobody_restores(runs):
+    first, second = (r["words"] for r in found(runs, 2, "missing"))
+    assert first == second and "there is no checkpoint 'never saved'" in first[0] and first[1] == "restored"
+
+
+# --------------------------------------------------------------------------------------------------------------- apart
+
+
+def test_what_cannot_go_together_is_refused_by_name(runs):
+    for words in found(runs, 2, "refused"):
+        parameters, sampler, background, batches, cancelled = words
+        assert parameters.startswith("RankError: the ranks differ in the parameters") and "(2, 3)" in parameters
+        assert sampler.startswith("ValueError: the train loader has a DistributedSampler")
+        assert "attach(run)" in background
+        assert "the ranks differ in the batches" in batches
+        assert cancelled.startswith("RankError: 1 of 2 ranks sat out the turn of 'model', after step 2")
+
+
+def test_a_turn_that_nobody_makes_is_no_fault(runs):
+    every = found(runs, 2, "all_cancel")
+    assert_one(every)
+    assert every[0]["state"] == "finished" and 3 not in every[0]["history"]["train/loss"][0]
+
+
+@pytest.mark.parametrize("name, words", [("fails", "rank 1 failed: ValueError: the disk is on fire"),
+                                         ("killed", "a rank was lost without a word (killed, or out of memory?)")])  # fmt: skip
+def test_one_end_is_everybodys(tmp_path, name, words):
+    "Without a launcher that would end the others by force: they end by themselves."
+    port = free_port()
+    both = [subprocess.Popen([sys.executable, str(HERE / "ranks.py"), str(tmp_path), name], cwd=tmp_path, stderr=subprocess.PIPE,
+                             env=environment(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2, MASTER_PORT=port,
+                                             MASTER_ADDR="127.0.0.1"), text=True) for rank in range(2)]  # fmt: skip
+    said = [process.communicate(timeout=300)[1] for process in both]
+    assert all(process.returncode != 0 for process in both)
+    told = (tmp_path / f"{name}.0.txt").read_text()
+    assert told.startswith("RankError: rank 0 can't go on: ") and words in told, said[0][-2000:]
+
+
+def test_a_launcher_tells_whose_fault_it_was(tmp_path):
+    process = launch(2, tmp_path, "fails")
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode != 0 and "ValueError: the disk is on fire" in out
+
+
+def test_a_launched_job_is_steered_through_its_folder(tmp_path):
+    process = launch(2, tmp_path, "endless")
+    try:
+        end = time.monotonic() + 200
+        while not (tmp_path / "endless" / "status.json").exists():
+            assert time.monotonic() < end and process.poll() is None, process.communicate()[0][-2000:]
+            time.sleep(0.1)
+        run = attach(tmp_path / "endless")
+        run.send("pause").wait(120)
+        run.send("set", name="lr", value=0.025).wait(120)
+        assert run.status()["paused"]
+        with pytest.raises(Exception, match="unknown knob 'no_such_knob'"):
+            run.send("set", name="no_such_knob", value=1.0).wait(120)
+        run.send("resume").wait(120)
+        run.send("stop").wait(120)
+        finished(process)
+    finally:
+        process.kill()
+    both = torch.load(tmp_path / "endless.pt", weights_only=False)
+    assert_one(both)
+    assert {r["lr"] for r in both} == {0.025} and {r["state"] for r in both} == {"stopped"}
+
+
+# --------------------------------------------------------------------------------------------------------- one process
+
+
+def test_whoever_asks_for_nothing_gets_nothing():
+    script = "import sys, torch; from trainkit.learner import Learner; Learner(torch.nn.Linear(1, 1), front='none'); " \
+             "print([m for m in ('accelerate', 'trainkit.distributed', 'trainkit.team') if m in sys.modules])"  # fmt: skip
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=HERE.parent)
+    assert out.stdout.strip() == "[]", out.stderr
+
+
+def test_launched_alone_it_is_the_learner_it_would_have_been(tmp_path):
+    def weights(**kw):
+        learn = ranks.learner(ranks.net(drop=0.3), **kw)
+        learn.fit(2)
+        return learn
+
+    a, b = weights(run=tmp_path / "a"), weights(run=tmp_path / "b", distributed=None)
+    assert type(a).__name__ == type(b).__name__ == "Learner" and a.rank == 0
+    assert apart(ranks.told_alone(a), ranks.told_alone(b)) == 0
+    assert repr(a).splitlines()[:-1] == repr(b).splitlines()[:-1]
+
+
+@pytest.mark.parametrize("wrong, error, words", [("fsdp2", ValueError, "accepted: 'ddp'"), (2, TypeError, "received int"),
+                                                 (nn.Linear(1, 1), TypeError, "received Linear")])  # fmt: skip
+def test_other_ways_are_refused(wrong, error, words):
+    with pytest.raises(error, match=words):
+        Learner(nn.Linear(3, 1), distributed=wrong, front="none")
+    assert as_distributed(False) is None
+
+
+def test_strange_numbers_are_refused():
+    for kw in ({"listen_every": -1}, {"timeout": 0}, {"bucket": 0}):
+        with pytest.raises(ValueError, match="received Distributed"):
+            Distributed(**kw)
+
+
+def test_a_parcel_gives_back_what_was_put_in():
+    generator = torch.Generator().manual_seed(0)
+    shapes, kinds = [(3,), (2, 5), (), (4, 1, 2)], [torch.float32, torch.float64, torch.bfloat16]
+    for most in (1, 64, 2**20):
+        tensors = [torch.randn(s, generator=generator).to(kind) for s in shapes for kind in kinds]
+        before = [t.clone() for t in tensors]
+        parcel = Parcel(tensors, 4.0, torch.arange(3.0), most)
+        assert parcel.open().tolist() == [0, 1, 2]
+        parcel.unpack(torch.tensor(4.0))
+        assert all(torch.equal(a, b) for a, b in zip(tensors, before))
+        assert all(len({t.dtype for t in group}) == 1 and (len(group) == 1 or sum(t.nbytes for t in group) <= most)
+                   for group in pieces(tensors, most))  # fmt: skip
+
+
+def test_without_accelerate_it_says_what_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(ImportError, match=r"pip install 'trainkit\[distributed\]'"):
+        Learner(nn.Linear(3, 1), distributed="ddp", front="none")
+
+
+def test_a_word_reaches_whoever_waits():
+    "The store is all that is needed to tell who failed: with threads in the place of ranks."
+    from trainkit.team import Talking
+
+    store = torch.distributed.HashStore()
+    teams = [Talking(cpu=True) for _ in range(2)]
+    for rank, team in enumerate(teams):
+        team.rank, team.size, team.store = rank, 2, store
+    teller = threading.Thread(target=teams[1].fail, args=("ValueError: no data",))
+    teller.start()
+    error = teams[0].lost(RuntimeError("Connection closed by peer"))
+    teller.join()
+    assert "rank 0 can't go on: rank 1 failed: ValueError: no data" in str(error)
+    assert str(teams[0].lost(RuntimeError("again"))) == str(error)
