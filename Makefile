@@ -1,6 +1,7 @@
 # make demo   train the quickstart and watch it in the terminal; leaves report/
 # make lab    the same, live, in JupyterLab
 # make test   everything CI checks
+# make docs   the site, from the notebooks as they are stored: build/docs/site/index.html
 # make bench  measure trainkit beside loops by hand and other toolkits; tables in benchmarks/results/ (minutes)
 # make export trainkit/ and README.md from the notebooks
 # make clean  remove what the others made, the environment included
@@ -20,7 +21,7 @@ unexport PYTHONHOME PYTHONPATH
 
 headline = @printf '\n== %s\n' '$(1)'
 
-.PHONY: bench test-kernels test-trackers help demo lab test export clean drift unclean readme lint types notebooks unit browser chromium
+.PHONY: docs bench test-kernels test-trackers help demo lab test export clean drift unclean readme lint types notebooks unit browser chromium
 
 help:
 	@sed -n '1,/^$$/s/^# //p' Makefile
@@ -58,14 +59,14 @@ export: $(STAMP)
 	@$(BIN)/python tools/nb.py readme
 
 clean:
-	rm -rf $(VENV) $(VENV)-bench report runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-bench $(VENV)-docs report runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # --- checking it: `make test` is all of these, in this order, up to the first that fails
 
 test: export OMP_NUM_THREADS := 1
 test: chromium $(STAMP) $(RECORDINGS)
-	@$(MAKE) --no-print-directory -j1 drift unclean readme lint types notebooks unit browser
+	@$(MAKE) --no-print-directory -j1 drift unclean readme lint types notebooks unit docs browser
 	$(call headline,all checks passed)
 
 chromium:
@@ -98,6 +99,19 @@ notebooks: $(STAMP) $(RECORDINGS)
 unit: $(STAMP) $(RECORDINGS)
 	$(call headline,tests)
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not cuda' --ignore tests/browser
+
+# its tools need Python 3.11 and have an environment of their own; where Python is older there is no site
+DOCS := $(VENV)-docs/.installed
+$(DOCS): docs/constraints.txt
+	$(call headline,installing what builds the site into $(VENV)-docs)
+	@test -x $(VENV)-docs/bin/python || $(PYTHON) -m venv $(VENV)-docs
+	@echo '*' > $(VENV)-docs/.gitignore
+	@$(VENV)-docs/bin/python -m pip install -qq --disable-pip-version-check --no-deps -r docs/constraints.txt
+	@touch $@
+
+docs: $(if $(filter 3.10,$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)),,$(DOCS))
+	$(call headline,the site)
+	@if [ -x $(VENV)-docs/bin/python ]; then $(VENV)-docs/bin/python tools/docs.py build; else echo "not built: its tools need Python 3.11"; fi
 
 # not part of `make test`, as it installs several versions of ipykernel: 6.31, 7.3 and the newest
 test-kernels: export OMP_NUM_THREADS := 1

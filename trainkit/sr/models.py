@@ -194,7 +194,7 @@ class SRResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_sides(x, 3, 1, type(self).__name__)
-        return self.tail(self.body(self.head(x))) / 2 + 0.5
+        return self.tail(self.body(self.head(x * 2 - 1))) / 2 + 0.5
 
 # %% ../../nbs/61_sr_models.ipynb #257cba27
 def strided(in_channels: int, out_channels: int, stride: int) -> list[nn.Module]:

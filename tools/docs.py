@@ -1,0 +1,359 @@
+"""The site, from the notebooks as they are stored: nothing is executed.
+
+    python tools/docs.py build [--out DIR]   lay out build/docs/pages, build build/docs/site with Sphinx, check its links
+    python tools/docs.py links               say which links of the notebooks and pages lead nowhere
+
+Every page keeps its place relative to the others, so that a link that works in the repository works in the site.
+A warning of Sphinx's, a link or an anchor that leads nowhere is an error.
+"""
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+FLOORS = {  # the first two digits of a notebook's name -> its floor
+    "ground": (range(0, 10), "Ground", "What everything stands on: settings, histories, runs, commands."),
+    "parts": (range(10, 20), "Parts", "Data, devices, metrics, schedules, optimizers."),
+    "core": (range(20, 30), "Core", "Callbacks, players, checkpoints, the loop, the learner, and the ways to steer it."),
+    "callbacks": (range(30, 40), "Callbacks", "What shapes a step, and what watches over it."),
+    "gan": (range(40, 49), "GAN", "Losses, penalties, networks, metrics, learners, and a doctor."),
+    "views": (range(49, 60), "Views", "What shows a run: bars, curves, samples, the control panel."),
+    "kits": (range(60, 85), "Kits", "What a field needs beyond the core: images, speech, series; and several processes."),
+    "scripts": (range(85, 100), "Command line", "The same from a terminal."),
+}
+LINK = re.compile(r"(?<!\\)(!?\[(?:[^\[\]]|\[[^\]]*\])*\]\()\s*([^()\s]+)((?:\s+\"[^\"]*\")?\))")
+Cell = dict[str, Any]
+
+
+def source(cell: Cell) -> str:
+    "A cell's text."
+    text = cell["source"]
+    return text if isinstance(text, str) else "".join(text)
+
+
+def repository_pages() -> dict[Path, Path]:
+    "What becomes a page: its place in the repository -> its place in the site's source."
+    notebooks = map(relative, sorted((ROOT / "nbs").rglob("*.ipynb")))
+    pages = {p: p for p in notebooks if not {".ipynb_checkpoints", "runs"} & {*p.parts}}
+    pages |= {p: p for p in map(relative, sorted((ROOT / "benchmarks/results").glob("*.md")))}
+    pages |= {p: p.with_suffix(".md") for p in map(relative, sorted((ROOT / "examples").glob("*.py")))}
+    pages |= {p: p.relative_to("docs") for p in map(relative, sorted(DOCS.rglob("*.md")))}
+    pages |= {Path(name): Path(name) for name in ("CHANGELOG.md", "CONTRIBUTING.md")}
+    pages.pop(Path("nbs/index.ipynb"))  # README.md, as which it is read
+    return pages
+
+
+def relative(path: Path) -> Path:
+    "A path from the repository's root."
+    return path.relative_to(ROOT)
+
+
+# --- links --------------------------------------------------------------------------------------------------------------
+
+def follow(target: str, at: Path) -> Path | None:
+    "Where in the repository a link on page `at` leads; None for another site or the same page. ValueError: nowhere."
+    parts = urlsplit(target)
+    if parts.scheme or parts.netloc or not parts.path:
+        return None
+    place = Path(os.path.normpath(at.parent / unquote(parts.path)))
+    if not (ROOT / place).exists():
+        raise ValueError(f"{at}: the link {target} leads nowhere: there is no {place}")
+    return place
+
+
+def dead_links(pages: dict[Path, Path]) -> list[str]:
+    "What is wrong with the links of all pages, one line each."
+    wrong: list[str] = []
+    for at in pages:
+        for text in texts(at):
+            for _, target, _ in LINK.findall(re.sub(r"`[^`\n]+`", "``", text)):
+                try:
+                    follow(target, at)
+                except ValueError as error:
+                    wrong.append(str(error))
+    return wrong
+
+
+def texts(at: Path) -> list[str]:
+    "The prose of a page of the repository."
+    if at.suffix == ".ipynb":
+        cells = json.loads((ROOT / at).read_text(encoding="utf-8"))["cells"]
+        return [source(cell) for cell in cells if cell["cell_type"] == "markdown"]
+    return [(ROOT / at).read_text(encoding="utf-8")] if at.suffix == ".md" else []
+
+
+def relink(text: str, at: Path, pages: dict[Path, Path]) -> str:
+    "`text` of page `at` with its links as the site needs them; a file that is no page is named, not linked."
+    here = pages[at].parent
+
+    def one(found: re.Match[str]) -> str:
+        before, target, after = found.groups()
+        place = follow(target, at)
+        if place is None:
+            return found.group()
+        anchor = f"#{urlsplit(target).fragment}" if urlsplit(target).fragment else ""
+        if place == Path("benchmarks/results"):
+            place = Path("docs/benchmarks.md")
+        if place in {Path("nbs/index.ipynb"), Path("README.md")}:
+            place = Path("docs/index.md")
+        if place in pages:
+            return f"{before}{os.path.relpath(pages[place], here)}{anchor}{after}"
+        if before.startswith("!"):
+            return f"{before}{os.path.relpath(place, here)}{after}"
+        return before.removesuffix("](").removeprefix("[")
+
+    return with_links(text, one)
+
+
+def with_links(text: str, one: Callable[[re.Match[str]], str]) -> str:
+    "Every link of `text` that doesn't stand in code, changed by `one`. A link's own words may be in backticks."
+    code = [m.span() for m in re.finditer(r"^(```|~~~).*?^\1\s*$|(?<!`)(`+)(?!`).+?(?<!`)\2(?!`)", text, flags=re.S | re.M)]
+    return LINK.sub(lambda m: m.group() if any(a < m.start() < b for a, b in code) else one(m), text)
+
+
+# --- notebooks ----------------------------------------------------------------------------------------------------------
+
+def directives(cell: Cell) -> set[str]:
+    "The directives of a code cell: {'export'}, {'hide'} …"
+    return {line[2:].split()[0].rstrip(":") for line in source(cell).splitlines() if line.startswith("#|") and line[2:].split()}
+
+
+def only_imports(code: str) -> bool:
+    "Is there nothing but imports?"
+    return all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.parse(code).body)
+
+
+def definitions(code: str, module: str) -> Iterator[tuple[str, str]]:
+    "What an exported cell defines for others: (kind, full name), methods behind their class."
+    for node in ast.parse(code).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        constants = [t.id for t in targets if isinstance(t, ast.Name) and re.fullmatch(r"[A-Z][A-Z0-9_]+", t.id)]
+        yield from (("data", f"{module}.{name}") for name in constants)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not node.name.startswith("_"):
+            yield "function", f"{module}.{node.name}"
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield "class", f"{module}.{node.name}"
+            names = dict.fromkeys(f.name for f in node.body if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef)))
+            yield from (("method", f"{module}.{node.name}.{name}") for name in names if not name.startswith("_"))
+
+
+def anchors(code: str, module: str, known: set[str]) -> Cell | None:
+    "A cell that is not seen, and makes what the next one defines something that is found and linked to."
+    new = [(kind, name) for kind, name in definitions(code, module) if name not in known]
+    known |= {name for _, name in new}
+    text = "\n\n".join(f"```{{py:{kind}}} {name}\n:no-typesetting:\n```" for kind, name in new)
+    return {"cell_type": "markdown", "metadata": {}, "source": text} if new else None
+
+
+def module_of(cells: list[Cell]) -> str:
+    "The module that a notebook exports, or an empty string."
+    found = re.search(r"^#\|\s*default_exp\s+(\S+)", "\n".join(source(c) for c in cells if c["cell_type"] == "code"), re.M)
+    return f"trainkit.{found[1]}" if found else ""
+
+
+def page_of(notebook: dict[str, Any], at: Path, pages: dict[Path, Path]) -> dict[str, Any]:
+    "A notebook as it is read: without hidden cells and directives, its definitions marked, its links those of the site."
+    module, known, cells = module_of(notebook["cells"]), set[str](), list[Cell]()
+    for n, cell in enumerate(notebook["cells"]):
+        if cell["cell_type"] == "code":
+            cells += code_cells(cell, module, known)
+        elif source(cell).strip():
+            text = relink(source(cell), at, pages)
+            cells.append({"cell_type": cell["cell_type"], "metadata": {}, "source": text})
+            if n == 0 and module:
+                cells.append({"cell_type": "markdown", "metadata": {}, "source": f"{{.module-line}}\nModule `{module}`"})
+    language = {"name": "python", "pygments_lexer": "ipython3"}
+    return {"cells": cells, "metadata": {"language_info": language}, "nbformat": 4, "nbformat_minor": 4}
+
+
+def code_cells(cell: Cell, module: str, known: set[str]) -> list[Cell]:
+    "A code cell without its directives, and before it the anchors of what it exports; nothing if it is hidden."
+    said = directives(cell)
+    code = "\n".join(line for line in source(cell).splitlines() if not line.startswith("#|")).strip("\n")
+    exported = bool(said & {"export", "exports", "exporti"})
+    if said & {"hide", "default_exp"} or not code.strip() or (exported and only_imports(code)):
+        return []
+    outputs = [o for o in map(seen, cell.get("outputs", [])) if o]
+    tags = ["export"] * exported + ["hide-input"] * ("hide_input" in said)
+    page = {"cell_type": "code", "metadata": {"tags": tags}, "execution_count": None, "source": code, "outputs": outputs}
+    before = anchors(code, module, known) if exported and module else None
+    return [before, page] if before else [page]
+
+
+def seen(output: dict[str, Any]) -> dict[str, Any] | None:
+    "An output as a page can show it; None for a widget, which needs a kernel."
+    data = {kind: what for kind, what in output.get("data", {}).items() if not kind.startswith("application/")}
+    if "data" in output:
+        return output | {"data": data} if data else None
+    return output
+
+
+# --- the pages that are made --------------------------------------------------------------------------------------------
+
+def title_of(at: Path) -> tuple[str, str]:
+    "A notebook's title and the one line below it."
+    lines = texts(at)[0].splitlines()
+    about = next((line.removeprefix(">").strip() for line in lines if line.startswith(">")), "")
+    return lines[0].lstrip("# "), about
+
+
+def floor_of(at: Path) -> str:
+    "The floor that a module's notebook stands on."
+    number = int(at.name[:2])
+    found = [name for name, (numbers, _, _) in FLOORS.items() if number in numbers]
+    if not found:
+        raise ValueError(f"{at}: no floor has the number {number}; tools/docs.py has them")
+    return found[0]
+
+
+def toctree(entries: list[Path], hidden: bool = True) -> str:
+    "The part of the navigation below a page."
+    lines = "\n".join(f"/{p.with_suffix('')}" for p in entries)
+    options = ":hidden:\n:maxdepth: 1" if hidden else ":maxdepth: 1"
+    return f"\n```{{toctree}}\n{options}\n\n{lines}\n```\n"
+
+
+def floor_page(floor: str, notebooks: list[Path]) -> str:
+    "A floor's modules, what each is about, and the names that it has for others."
+    _, title, about = FLOORS[floor]
+    lines = [f"# {title}", "", about, ""]
+    for at in notebooks:
+        cells = json.loads((ROOT / at).read_text(encoding="utf-8"))["cells"]
+        module, (name, line) = module_of(cells), title_of(at)
+        code = [source(c) for c in cells if c["cell_type"] == "code" and "export" in directives(c)]
+        names = dict.fromkeys(full for c in code for kind, full in definitions(c, module) if kind != "method")
+        listed = ", ".join(f"{{py:obj}}`~{full}`" for full in names)
+        lines += [f"[{name}](/{at})", f": {line}{'' if line.endswith(('.', '!', '?')) or not line else '.'}", ""]
+        lines += [f"  {listed}", ""] if listed else []
+    return "\n".join(lines) + toctree(notebooks)
+
+
+def list_page(title: str, about: str, entries: list[Path]) -> str:
+    "Notebooks with a line about each."
+    lines = [f"# {title}", "", about, ""]
+    for at in entries:
+        name, line = title_of(at)
+        lines += [f"[{name}](/{at})", f": {line}" if line else ": …", ""]
+    return "\n".join(lines) + toctree(entries)
+
+
+def made_pages(pages: dict[Path, Path]) -> dict[str, str]:
+    "The pages that nobody writes: floors, tutorials, scripts, and the tree that holds everything."
+    modules = [p for p in pages if p.parent == Path("nbs")]
+    tutorials = [p for p in pages if p.parent == Path("nbs/tutorials")]
+    made = {f"modules/{floor}.md": floor_page(floor, [p for p in modules if floor_of(p) == floor]) for floor in FLOORS}
+    about = "Notebooks from beginning to end, with the pictures they were stored with."
+    made["tutorials.md"] = list_page("Tutorials", about, tutorials)
+    scripts = [pages[p] for p in pages if p.parts[0] == "examples"]
+    made["scripts.md"] = "# Tutorials as scripts\n\nThe same work without a notebook.\n" + toctree(scripts, hidden=False)
+    return made
+
+
+# --- building -----------------------------------------------------------------------------------------------------------
+
+def lay_out(into: Path) -> None:
+    "Everything that Sphinx reads, in `into`; ValueError names the links that lead nowhere."
+    pages = repository_pages()
+    if wrong := dead_links(pages):
+        raise ValueError("\n".join(wrong))
+    shutil.rmtree(into, ignore_errors=True)
+    shutil.copytree(DOCS, into)
+    shutil.copytree(ROOT / "nbs/images", into / "nbs/images")
+    for at, place in pages.items():
+        write(into / place, staged(at, pages))
+    for name, text in made_pages(pages).items():
+        write(into / name, text)
+
+
+def staged(at: Path, pages: dict[Path, Path]) -> str:
+    "A page of the repository as Sphinx gets it."
+    text = (ROOT / at).read_text(encoding="utf-8")
+    if at.suffix == ".ipynb":
+        return json.dumps(page_of(json.loads(text), at, pages), ensure_ascii=False)
+    if at.suffix == ".py":
+        return f"# {at.name}\n\n````{{code-block}} python\n{text}\n````\n"
+    return relink(text, at, pages)
+
+
+def write(path: Path, text: str) -> None:
+    "Write a file, its folder first."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+class Targets(HTMLParser):
+    "What a page links to, and what in it can be linked to."
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.links, self.ids = list[str](), {"", "top"}
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        "Gather an element's id and where it leads."
+        for name, value in attrs:
+            if name == "id" or (name == "name" and tag == "a"):
+                self.ids.add(value or "")
+            if name in {"href", "src"} and value:
+                self.links.append(value)
+
+
+def dead_in_site(site: Path) -> list[str]:
+    "Links and anchors of the built pages that lead nowhere, raw HTML among them."
+    parsed = {path: Targets(path.read_text(encoding="utf-8")) for path in sorted(site.rglob("*.html"))}
+    wrong = []
+    for page, targets in parsed.items():
+        for link in targets.links:
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc:
+                continue
+            place = Path(os.path.normpath(page.parent / unquote(parts.path))) if parts.path else page
+            if not place.exists():
+                wrong.append(f"{page.relative_to(site)}: {link} leads nowhere")
+            elif place in parsed and unquote(parts.fragment) not in parsed[place].ids:
+                wrong.append(f"{page.relative_to(site)}: {link}: no such anchor")
+    return wrong
+
+
+def build(out: Path) -> int:
+    "Build the site; its exit status."
+    lay_out(out / "pages")
+    shutil.rmtree(out / "site", ignore_errors=True)
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-j", "auto", "-b", "html"]
+    status = subprocess.run([*command, "-d", str(out / "cache"), str(out / "pages"), str(out / "site")]).returncode
+    wrong = [] if status else dead_in_site(out / "site")
+    print("\n".join(wrong) or (f"the site is {os.path.relpath(out / 'site' / 'index.html')}" if not status else "not built"))
+    return status or bool(wrong)
+
+
+def main() -> int:
+    "The command line."
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("what", choices=("build", "links"))
+    parser.add_argument("--out", type=Path, default=ROOT / "build/docs", help="where to (default: build/docs)")
+    asked = parser.parse_args()
+    try:
+        if asked.what == "build":
+            return build(asked.out.resolve())
+        wrong = dead_links(repository_pages())
+    except ValueError as error:
+        wrong = [str(error)]
+    print("\n".join(wrong) or "every link leads somewhere")
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
