@@ -119,11 +119,13 @@ def test_control_is_the_other_command_line(project):
 
 # ---- run
 
-def test_what_is_set_holds_over_the_script_and_nothing_else_changes(tmp_path):
+@pytest.mark.parametrize("order", ["before", "behind"])
+def test_what_is_set_holds_over_the_script_and_nothing_else_changes(tmp_path, order):
     (tmp_path / "settings.ini").write_text("[optimizer]\nlr = 5\n[trainkit]\nbatch_size = 3\nfront = none\n")
     (tmp_path / "train.py").write_text(SCRIPT)
-    done = call("run", "--set", "optimizer.lr=1e-4", "--set", "batch_size=4", "train.py", "--epochs", "3", cwd=tmp_path,
-                TRAINKIT_OPTIMIZER_LR="9")  # fmt: skip
+    sets, script = ["--set", "optimizer.lr=1e-4", "--set", "batch_size=4"], ["train.py", "--epochs", "3"]
+    args = [*sets, *script] if order == "before" else [*script, *sets]
+    done = call("run", *args, cwd=tmp_path, TRAINKIT_OPTIMIZER_LR="9")
     assert done.returncode == 7 and "argument: --epochs 3" in done.stdout, done.stderr
     said = runs(tmp_path / "runs")["a"].identity["configuration"]
     assert (said["model/lr"], said["model/momentum"], said["batch_size"], said["seed"]) == (1e-4, 0.5, 4, 1)
@@ -327,3 +329,9 @@ def test_without_click_it_says_what_is_missing():
     code = "import sys; sys.modules['click'] = None; from trainkit.cli import main; main(['runs'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and "pip install 'trainkit[cli]'" in done.stderr
+
+
+def test_a_scripts_own_options_of_these_names_stand_behind_two_dashes(tmp_path):
+    (tmp_path / "say.py").write_text("import sys; print(sys.argv[1:])")
+    done = call("run", "say.py", "-x", "--set", "seed=3", "--", "--set", "a", "--help", cwd=tmp_path)
+    assert done.stdout.strip() == "['-x', '--set', 'a', '--help']", done.stderr

@@ -3674,6 +3674,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'trainkit.sr.gan': { 'trainkit.sr.gan.SRGANLearner': ('sr_gan.html#srganlearner', 'trainkit/sr/gan.py'),
                                  'trainkit.sr.gan.SRGANLearner.__init__': ('sr_gan.html#srganlearner.__init__', 'trainkit/sr/gan.py'),
                                  'trainkit.sr.gan.SRGANLearner.players_of': ('sr_gan.html#srganlearner.players_of', 'trainkit/sr/gan.py'),
+                                 'trainkit.sr.gan.SRGANLearner.sample_fixed': ( 'sr_gan.html#srganlearner.sample_fixed',
+                                                                                'trainkit/sr/gan.py'),
                                  'trainkit.sr.gan.SRGANLearner.validation_step': ( 'sr_gan.html#srganlearner.validation_step',
                                                                                    'trainkit/sr/gan.py'),
                                  'trainkit.sr.gan.examples_in': ('sr_gan.html#examples_in', 'trainkit/sr/gan.py')},

@@ -120,7 +120,9 @@ def run_target(
     sets: Sequence[str] = (),  # KEY=VALUE
     out: str | None = None,  # where the notebook goes, with its outputs
 ) -> int:
-    "Run a script or a notebook. Settings that are said here hold over what TARGET says itself."
+    """Run a script or a notebook. Settings that are said here hold over what TARGET says itself.
+
+    What isn't known here goes to the script; behind `--` everything does: trainkit run train.py --set seed=3 -- --help"""
     if not Path(target).is_file(): raise FileNotFoundError(f"there is no file {target}")
     os.environ.update(set_over(sets))
     if Path(target).suffix == ".ipynb":
@@ -236,7 +238,7 @@ def acting(click: Any) -> list[Any]:
     return [click.Command("control", params=[words], callback=lambda words: control([*words]), help=steer,
                           context_settings=rest, add_help_option=False),
             click.Command("run", params=[sets, out, target, given], callback=run_target, help=run_target.__doc__,
-                          context_settings=rest)]  # fmt: skip
+                          context_settings=rest | {"allow_interspersed_args": True})]  # fmt: skip
 
 # %% ../nbs/90_cli.ipynb #d7146702
 def giving(click: Any) -> list[Any]:

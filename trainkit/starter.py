@@ -94,7 +94,7 @@ def module_text(name: str) -> str:
 
 # %% ../nbs/89_starter.ipynb #bb79b4d0
 SCRIPT = '''\
-"Train {name}: python train.py --epochs 20, or trainkit run --set optimizer.lr=1e-3 train.py"
+"Train {name}: python train.py --epochs 20, or trainkit run train.py --set optimizer.lr=1e-3"
 
 import argparse
 
@@ -159,7 +159,7 @@ README = '''\
     nbdev-export               # {package}/ from the notebooks, after they were changed
     python -m pytest
 
-What isn't said in the code stands in `settings.ini`; `trainkit run --set optimizer.lr=1e-3 train.py` holds over both.
+What isn't said in the code stands in `settings.ini`; `trainkit run train.py --set optimizer.lr=1e-3` holds over both.
 '''
 
 # %% ../nbs/89_starter.ipynb #b6ec652d

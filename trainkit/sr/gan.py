@@ -69,6 +69,10 @@ class SRGANLearner(Translating):
         terms["generator"][0].weight = self.adversarial
         return super().players_of(terms, opts, every)
 
+    def sample_fixed(self, n: int | None = None) -> Tensor:
+        "Rows of crops as they come in, enlarged, and the originals, as an image file would hold them: in [0, 1]."
+        return super().sample_fixed(n).clamp(0, 1)
+
     def validation_step(self, batch: Any) -> dict[str, Tensor]:
         "The content losses of whole images, and their weighted sum; the discriminator has no part in it."
         high, low = self.real_of(batch)
