@@ -128,7 +128,7 @@ def efforts(
         if entry.what == "fit": since = entry.time
         elif entry.what == "end" and since is not None: seconds, since = seconds + entry.time - since, None
     commands = sum(entry.what not in ("fit", "end") and not entry.error for entry in entries)
-    return {"seconds": round(seconds, 1), "commands": commands}
+    return {"seconds": round(seconds, 3), "commands": commands}
 
 # %% ../nbs/29d_compare.ipynb #899acb08
 def best_of_row(
