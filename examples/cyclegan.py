@@ -2,7 +2,7 @@
 
     python examples/cyclegan.py                     # about a minute on one core
     python examples/cyclegan.py --cycle 0           # what becomes of it without the cycle loss
-    python examples/cyclegan.py --full --run runs/cyclegan-full   # the paper's recipe, for a GPU; keeps checkpoints
+    python examples/cyclegan.py --full --run runs/cyclegan-full   # the paper's sizes, for a GPU; keeps checkpoints
 """
 
 import argparse

@@ -2,6 +2,7 @@
 
 Rank 0 writes what it found to FOLDER/NAME.pt, where the test reads it; `python ranks.py FOLDER NAME…` does the same alone.
 """
+import faulthandler
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from trainkit.callback import Callback, CancelTurn, On
 from trainkit.callbacks.average import EMA
 from trainkit.callbacks.stopping import EarlyStopping
 from trainkit.distributed import Distributed
+from trainkit.finder import lr_find
 from trainkit.gan.learner import GANLearner
 from trainkit.learner import Learner
 from trainkit.optim import OptimBuilder
@@ -380,6 +382,15 @@ def fails(folder):
     return ending(folder, "fails", fault)
 
 
+def searches(folder):
+    "What decides by one rank's losses is refused."
+    lr_find(learner())
+
+
+def balances(folder):
+    learner(cbs=type("BoundaryEquilibrium", (Callback,), {})()).fit(1)
+
+
 def killed(folder):
     def fault(learn):
         if learn.rank == 1 and learn.step == 3:
@@ -409,10 +420,11 @@ def endless(folder):
 SCENARIOS = {f.__name__: f for f in (
     plain, adamw, accumulated, whole_numbers, random_samples, batches_in_a_list, unused, gan_every, gan_at_once, gan_penalty,
     gan_norms, looked, averaged, norms, early, stopped_by_one, steered, seldom, saved, resumed, calm, calm_resumed, missing,
-    refused, all_cancel, fails, killed, endless)}  # fmt: skip
+    refused, all_cancel, fails, searches, balances, killed, endless)}  # fmt: skip
 
 
 def main():
+    faulthandler.dump_traceback_later(600, exit=True)  # nobody may be there any more who would end it
     folder, *names = sys.argv[1:]
     for name in names:
         found = SCENARIOS[name](Path(folder))

@@ -251,10 +251,13 @@ def test_one_end_is_everybodys(tmp_path, name, words):
     assert told.startswith("RankError: rank 0 can't go on: ") and words in told, said[0][-2000:]
 
 
-def test_a_launcher_tells_whose_fault_it_was(tmp_path):
-    process = launch(2, tmp_path, "fails")
+@pytest.mark.parametrize("name, words", [
+    ("fails", "the disk is on fire"), ("searches", "Probe and several ranks: lr_find judges each rate by the loss at hand"),
+    ("balances", "BoundaryEquilibrium and several ranks: BEGAN balances by the energies at hand")])  # fmt: skip
+def test_a_launcher_tells_whose_fault_it_was(tmp_path, name, words):
+    process = launch(2, tmp_path, name)
     out, _ = process.communicate(timeout=300)
-    assert process.returncode != 0 and "ValueError: the disk is on fire" in out
+    assert process.returncode != 0 and f"ValueError: {words}" in out
 
 
 def test_a_launched_job_is_steered_through_its_folder(tmp_path):
@@ -274,7 +277,8 @@ def test_a_launched_job_is_steered_through_its_folder(tmp_path):
         run.send("stop").wait(120)
         finished(process)
     finally:
-        process.kill()
+        process.terminate()  # not killed: torchrun ends its ranks
+        process.wait(60)
     both = torch.load(tmp_path / "endless.pt", weights_only=False)
     assert_one(both)
     assert {r["lr"] for r in both} == {0.025} and {r["state"] for r in both} == {"stopped"}

@@ -31,7 +31,7 @@ WRONG = 2  # not understood
 def clicks() -> Any:
     "The package click; SystemExit that says how to get it."
     try: return importlib.import_module("click")
-    except ImportError: raise SystemExit("the command line needs click: pip install 'trainkit[cli]'") from None
+    except ImportError: raise SystemExit("the command line needs click: pip install click") from None
 
 # %% ../nbs/90_cli.ipynb #b2b775ef
 def row_of(

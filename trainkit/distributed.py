@@ -35,7 +35,7 @@ from .state import AutoSave
 from .team import Deciding, RankError
 
 # %% auto #0
-__all__ = ['SLOTS', 'WISHES', 'Distributed', 'as_distributed', 'pieces', 'Parcel', 'shows', 'Nowhere', 'Member', 'Alike',
+__all__ = ['SLOTS', 'WISHES', 'ALONE', 'Distributed', 'as_distributed', 'pieces', 'Parcel', 'shows', 'Nowhere', 'Member', 'Alike',
            'in_front_of', 'Drawing', 'Numbers', 'Joining', 'Turning', 'Owing', 'Hearing', 'Council', 'Heeding',
            'Wishing', 'Levelling', 'Fitting', 'Beginning', 'stateful', 'put_together', 'sum_of', 'Looking', 'Walking',
            'Lender', 'Returning', 'Saving', 'Ranked', 'ranked']
@@ -513,6 +513,9 @@ class Levelling(Wishing):
         self.team.level([t for key, t in rest.items() if key not in averaged])
 
 # %% ../nbs/65b_distributed.ipynb #8ae31571
+ALONE = {"Probe": "lr_find judges each rate by the loss at hand", "BoundaryEquilibrium": "BEGAN balances by the energies at hand"}
+
+
 class Fitting(Levelling):
     "Fits that begin and end together."
 
@@ -538,6 +541,9 @@ class Fitting(Levelling):
         norms = [m for m in self.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
         stats = [t for m in norms for t in (m.running_mean, m.running_var)]
         self._ran = [t for t in stats if isinstance(t, Tensor)] if self.team.size > 1 else []
+        for name, why in ALONE.items():
+            if self.team.size > 1 and self.cbs.get(name) is not None:
+                raise ValueError(f"{name} and several ranks: {why}, which differs from rank to rank; do that in one process")
         if self.team.size > 1 and norms and self.cbs.get("SWA") is not None:
             raise ValueError("SWA recomputes the statistics of batch norm, which is not done over several ranks; take EMA, or "
                              "layers without running statistics")  # fmt: skip

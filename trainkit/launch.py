@@ -87,7 +87,7 @@ def launch(
     try:
         from accelerate import notebook_launcher
     except ImportError as error:
-        raise ImportError("launch needs Hugging Face Accelerate: pip install 'trainkit[distributed]'") from error
+        raise ImportError("launch needs Hugging Face Accelerate: pip install accelerate") from error
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     if torch.cuda.is_initialized():

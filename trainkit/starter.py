@@ -135,7 +135,7 @@ build-backend = "setuptools.build_meta"
 name = "{name}"
 version = "0.0.1"
 requires-python = ">=3.10"
-dependencies = ["trainkit[notebook,cli]"]
+dependencies = []  # and trainkit, from a clone of it: pip install "CLONE[notebook,cli]"
 
 [tool.setuptools.packages.find]
 include = ["{package}*"]

@@ -31,7 +31,7 @@ def engine(
         from accelerate import PartialState
     except ImportError as error:
         raise ImportError("distributed=… trains with Hugging Face Accelerate, which isn't installed: "
-                          "pip install 'trainkit[distributed]'") from error  # fmt: skip
+                          "pip install accelerate") from error  # fmt: skip
     state, wanted = PartialState(cpu=cpu, timeout=timedelta(seconds=timeout)), int(os.environ.get("WORLD_SIZE", 1))
     if state.num_processes != wanted:
         raise RuntimeError(f"{wanted} processes were launched, and Accelerate knows of {state.num_processes}: it was asked "

@@ -210,7 +210,7 @@ def test_dragged_queued_and_loaded_again(lab, page):
 
     rows, state, _, most, (_, (rate, (low, high))) = told(notebook, 6)
     drags = [row for row in panel_rows(rows) if row[1].get("player") == "generator"]
-    assert len(drags) > 5 and drags[-1][2] == last == rate == Scale(low, high, log=True).value(place)
+    assert len(drags) > 2 and drags[-1][2] == last == rate == Scale(low, high, log=True).value(place)
     assert not any(row[3] for row in rows)
     assert most == 1, "a drag leaves one command waiting, not many"
     clicks = shown.clicked[:1] + other.clicked + shown.clicked[1:]

@@ -135,7 +135,7 @@ class StandardScaler:
             raise ValueError(f"variables {never} of {x.shape[1]} were never measured in these rows")
         mean = x.nan_to_num(0).sum(0) / n
         std = (torch.where(seen, x - mean, 0.0).square().sum(0) / n).sqrt()
-        return cls(mean, torch.where(std > 0, std, 1.0))
+        return cls(mean, torch.where(std > 1e-12 * mean.abs(), std, 1.0))  # what is less is rounding
 
     def transform(self, x: Tensor) -> Tensor:
         "Values (…, C) as the models see them; NaN stays."

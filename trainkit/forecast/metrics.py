@@ -69,7 +69,7 @@ def masked_mse(pred: Tensor, target: Tensor, mask: Tensor | None = None, null: f
 def masked_rmse(pred: Tensor, target: Tensor, mask: Tensor | None = None, null: float | None = None) -> Tensor:
     "Root of the mean squared error; of zero error, with a gradient of zero."
     mse = masked_mse(pred, target, mask, null)
-    return torch.where(mse > 0, mse, 1.0).sqrt() * (mse > 0)
+    return torch.where(mse == 0, 1.0, mse).sqrt() * (mse != 0)
 
 # %% ../../nbs/82_forecast_metrics.ipynb #25c73021
 def masked_huber(
@@ -259,8 +259,9 @@ class ForecastErrors(Summed):
         rows = Sums(*(x.sum(0) for x in self.sums)) if 0 in dims else self.sums
         m = pooled(self.moments, 0) if 0 in dims else self.moments
         follow = {name: f(rows, m) for name, f in FOLLOWED.items() if name in self.names}
-        return {name: RATIOS[name](s) if name in RATIOS else follow[name].nanmean(-1) if 1 in dims else follow[name]
-                for name in self.names}  # fmt: skip
+        if 1 in dims:  # over the variables that change; a forecast that is NaN is not left out
+            follow = {name: torch.where(m.tt > 0, each, 0.0).sum(-1) / (m.tt > 0).sum(-1) for name, each in follow.items()}
+        return {name: RATIOS[name](s) if name in RATIOS else follow[name] for name in self.names}
 
     def compute(self) -> dict[str, float]:
         "Each measure over everything; NaN where nothing counted."

@@ -36,7 +36,7 @@ def front(
     in_notebook, lacks = where() == "notebook", missing()
     if in_notebook and lacks:
         warnings.warn(f"not installed: {', '.join(f'{p} ({what})' for p, what in lacks.items())}; "
-                      "pip install 'trainkit[notebook]' has them all", stacklevel=2)
+                      f"pip install {' '.join(lacks)}", stacklevel=2)
     live, refresh = in_notebook and not lacks and live_widgets() is not None, getattr(learn, "settings", Settings()).refresh
     views: list[Callback] = [Dashboard(refresh) if live else Progress()]
     if (in_notebook or learn.run is not None) and "matplotlib" not in lacks:
