@@ -745,7 +745,8 @@ def test_front_leaves_what_the_user_attached(monkeypatch):
 def test_front_says_what_is_not_installed(monkeypatch, tmp_path):
     monkeypatch.setattr(front_module, "find_spec", lambda name: None)
     monkeypatch.setenv("TRAINKIT_WHERE", "notebook")
-    with pytest.warns(UserWarning, match=r"matplotlib \(curves and samples\).*pip install fastprogress matplotlib ipywidgets") as caught:
+    words = r"matplotlib \(curves and samples\).*pip install fastprogress matplotlib ipywidgets"
+    with pytest.warns(UserWarning, match=words) as caught:
         assert [type(cb).__name__ for cb in front(Run())] == ["Progress"]
     assert len(caught) == 1
     monkeypatch.setenv("TRAINKIT_WHERE", "script")
