@@ -5,24 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nbclient
 import nbformat
 import pytest
+from tutorials import pictures, shortened, text_of
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK, SCRIPT = ROOT / "nbs/tutorials/09a_aae.ipynb", ROOT / "examples/aae.py"
 SHORTER = {'SHORT = {"epochs": 25,': 'SHORT = {"epochs": 8,'}
 NAMES = ("plain", "plain, prior fitted", "adversarial")
 ASKED = r"drawn: ([\d.]+)% as asked; rewritten: ([\d.]+)% as asked, ([\d.]+)% as before"
-
-
-def text_of(nb: nbformat.NotebookNode) -> str:
-    "What a notebook printed."
-    return "".join(o.text for c in nb.cells if c.cell_type == "code" for o in c.outputs if o.output_type == "stream")
-
-
-def pictures(nb: nbformat.NotebookNode) -> int:
-    return sum("image/png" in o.get("data", {}) for c in nb.cells if c.cell_type == "code" for o in c.outputs)
 
 
 def table_of(said: str) -> dict[str, list[float]]:
@@ -40,15 +31,9 @@ def check(rows: dict[str, list[float]]) -> None:
     assert adversarial[2] < 0.7 < plain[2] and adversarial[3] < 0.8 * plain[3]
 
 
-def test_notebook_and_script_say_the_same(tmp_path, monkeypatch):
-    monkeypatch.delenv("TRAINKIT_WHERE", raising=False)  # a kernel of its own knows where it is
-    nb = nbformat.read(NOTEBOOK, as_version=4)
-    for old, new in SHORTER.items():
-        assert sum(old in cell.source for cell in nb.cells) == 1, old
-        for cell in nb.cells:
-            cell.source = cell.source.replace(old, new)
-    client = nbclient.NotebookClient(nb, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}})
-    said = text_of(client.execute(cwd=str(tmp_path)))
+def test_notebook_and_script_say_the_same(tmp_path):
+    nb = shortened(NOTEBOOK, SHORTER, tmp_path)
+    said = text_of(nb)
     rows = table_of(said)
     check(rows)
     drawn, rewritten, before = (float(n) for n in re.search(ASKED, said).groups())

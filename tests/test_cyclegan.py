@@ -5,23 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nbclient
 import nbformat
 import pytest
+from tutorials import pictures, shortened, text_of
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK, SCRIPT = ROOT / "nbs/tutorials/08_cyclegan.ipynb", ROOT / "examples/cyclegan.py"
 SHORTER = {'SHORT = {"steps": 400,': 'SHORT = {"steps": 120,', '"judged": (6, 12)}\nFULL': '"judged": (2, 6)}\nFULL'}
 WAYS = ("as they are", "by hand", "without cycle loss", "CycleGAN")
-
-
-def text_of(nb: nbformat.NotebookNode) -> str:
-    "What a notebook printed."
-    return "".join(o.text for c in nb.cells if c.cell_type == "code" for o in c.outputs if o.output_type == "stream")
-
-
-def pictures(nb: nbformat.NotebookNode) -> int:
-    return sum("image/png" in o.get("data", {}) for c in nb.cells if c.cell_type == "code" for o in c.outputs)
 
 
 def table_of(said: str) -> dict[str, list[float]]:
@@ -33,15 +24,9 @@ def table_of(said: str) -> dict[str, list[float]]:
     return rows
 
 
-def test_notebook_and_script_say_the_same(tmp_path, monkeypatch):
-    monkeypatch.delenv("TRAINKIT_WHERE", raising=False)  # a kernel of its own knows where it is
-    nb = nbformat.read(NOTEBOOK, as_version=4)
-    for old, new in SHORTER.items():
-        assert sum(old in cell.source for cell in nb.cells) == 1, old
-        for cell in nb.cells:
-            cell.source = cell.source.replace(old, new)
-    client = nbclient.NotebookClient(nb, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}})
-    rows = table_of(text_of(client.execute(cwd=str(tmp_path))))
+def test_notebook_and_script_say_the_same(tmp_path):
+    nb = shortened(NOTEBOOK, SHORTER, tmp_path)
+    rows = table_of(text_of(nb))
     assert pictures(nb) >= 4
 
     args = "--steps", "120", "--judged", "2", "6", "--picture", "c.png"

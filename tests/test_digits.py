@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nbclient
 import nbformat
+from tutorials import pictures, shortened, text_of
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK, SCRIPT = ROOT / "nbs/tutorials/06_digits.ipynb", ROOT / "examples/digits.py"
@@ -14,30 +14,13 @@ SHORTER = {'SHORT = {"epochs": 4, "width": 8, "seeds": (0, 1, 2, 3, 4)}': 'SHORT
 SAID = r"held-out digits: ([\d.]+)% wrong, loss ([\d.]+)"
 
 
-def text_of(nb: nbformat.NotebookNode) -> str:
-    "What a notebook printed."
-    return "".join(o.text for c in nb.cells if c.cell_type == "code" for o in c.outputs if o.output_type == "stream")
-
-
-def pictures(nb: nbformat.NotebookNode) -> int:
-    return sum("image/png" in o.get("data", {}) for c in nb.cells if c.cell_type == "code" for o in c.outputs)
-
-
 def script(*args: str, cwd: Path) -> str:
     return subprocess.run([sys.executable, SCRIPT, *args], check=True, cwd=cwd, capture_output=True, text=True).stdout
 
 
-def test_notebook_and_script_say_the_same(tmp_path, monkeypatch):
-    monkeypatch.delenv("TRAINKIT_WHERE", raising=False)  # a kernel of its own knows where it is
-    nb = nbformat.read(NOTEBOOK, as_version=4)
-    for old, new in SHORTER.items():
-        assert sum(old in cell.source for cell in nb.cells) == 1, old
-        for cell in nb.cells:
-            cell.source = cell.source.replace(old, new)
-    (tmp_path / "notebook").mkdir()
-    client = nbclient.NotebookClient(nb, timeout=300, kernel_name="python3",
-                                     resources={"metadata": {"path": str(tmp_path / "notebook")}})  # fmt: skip
-    said = text_of(client.execute(cwd=str(tmp_path / "notebook")))
+def test_notebook_and_script_say_the_same(tmp_path):
+    nb = shortened(NOTEBOOK, SHORTER, tmp_path / "notebook")
+    said = text_of(nb)
     ours = script("--epochs", "2", "--width", "4", "--export", "digits.safetensors", cwd=tmp_path)
     assert re.search(SAID, ours)[0] == re.search(SAID, said)[0]
     wrong, loss = map(float, re.search(SAID, ours).groups())

@@ -5,10 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nbclient
 import nbformat
 import numpy as np
 import pytest
+from tutorials import pictures, shortened, text_of
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK, SCRIPT = ROOT / "nbs/tutorials/12_forecasting.ipynb", ROOT / "examples/forecasting.py"
@@ -19,15 +19,6 @@ SHORTER = {SHORT: """SHORT = {"inputs": 120, "every": (1, 168, 61), "patch": {"w
            "HORIZONS, SEEDS = SHORT, (96, 336), (0, 1)": "HORIZONS, SEEDS = SHORT, (96, 120), (0,)"}  # fmt: skip
 SAID = r"{}, {} hours: MSE ([\d.]+), MAE ([\d.]+) \(scaled\)"
 TRAINED = ("NLinear", "DLinear", "PatchTST")
-
-
-def text_of(nb: nbformat.NotebookNode) -> str:
-    "What a notebook printed."
-    return "".join(o.text for c in nb.cells if c.cell_type == "code" for o in c.outputs if o.output_type == "stream")
-
-
-def pictures(nb: nbformat.NotebookNode) -> int:
-    return sum("image/png" in o.get("data", {}) for c in nb.cells if c.cell_type == "code" for o in c.outputs)
 
 
 def script(*args: str, cwd: Path) -> str:
@@ -51,15 +42,7 @@ def rows_of(said: str, title: str) -> dict[tuple[int, str], list[float]]:
 def short(tmp_path_factory):
     "The notebook, shortened and run; and where it ran."
     folder = tmp_path_factory.mktemp("notebook")
-    nb = nbformat.read(NOTEBOOK, as_version=4)
-    for old, new in SHORTER.items():
-        assert sum(old in cell.source for cell in nb.cells) == 1, old
-        for cell in nb.cells:
-            cell.source = cell.source.replace(old, new)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("TRAINKIT_WHERE", raising=False)  # a kernel of its own knows where it is
-        client = nbclient.NotebookClient(nb, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
-        return client.execute(cwd=str(folder)), folder
+    return shortened(NOTEBOOK, SHORTER, folder), folder
 
 
 def promises(said: str) -> None:

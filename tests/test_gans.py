@@ -8,13 +8,14 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import nbclient
 import nbformat
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
+from tutorials import shortened as run_shortened
+from tutorials import text_of
 
 from trainkit.datasets import mnist_5k
 from trainkit.gan import judge as judges
@@ -33,11 +34,6 @@ GANS, LABELLED = ["DCGAN", "cGAN", "ACGAN", "BGAN"], ("cGAN", "ACGAN")
 SCORED = re.compile(r"^ *(real digits|DCGAN|cGAN|ACGAN|BGAN) +(\d?) +(\d+\.\d+) +(\d+) +(\d+\.\d+)$", re.MULTILINE)
 COUNTED = re.compile(r"^([a-zA-Z][a-zA-Z ]*?) +(\d+) +(\d+) +(\d+|-) +(\d+|-) *$", re.MULTILINE)
 MARK = "# counts as: "
-
-
-def text_of(nb: nbformat.NotebookNode) -> str:
-    "What a notebook printed."
-    return "".join(o.text for c in nb.cells if c.cell_type == "code" for o in c.outputs if o.output_type == "stream")
 
 
 def outputs(nb: nbformat.NotebookNode, kind: str) -> list[str]:
@@ -71,16 +67,7 @@ def script(*args: str, monkeypatch, capsys) -> str:
 @pytest.fixture(scope="module")
 def shortened(tmp_path_factory):
     "The notebook, executed with fewer steps in a kernel of its own; a replacement that finds nothing is an error."
-    nb = nbformat.read(NOTEBOOK, as_version=4)
-    for old, new in SHORTER.items():
-        assert sum(old in cell.source for cell in nb.cells) == 1, old
-        for cell in nb.cells:
-            cell.source = cell.source.replace(old, new)
-    folder = tmp_path_factory.mktemp("gans")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("TRAINKIT_WHERE", raising=False)  # a kernel of its own knows where it is
-        client = nbclient.NotebookClient(nb, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
-        client.execute(cwd=str(folder))
+    nb = run_shortened(NOTEBOOK, SHORTER, folder := tmp_path_factory.mktemp("gans"))
     assert {path.name for path in folder.iterdir()} == {"dcgan.gif", "runs"}
     return nb
 

@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nbclient
 import nbformat
+from tutorials import shortened, text_of
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK, SCRIPT = ROOT / "nbs/tutorials/11_speech.ipynb", ROOT / "examples/speech.py"
@@ -18,25 +18,13 @@ SAID = r"SI-SDR of an unheard voice: ([+-][\d.]+) dB in music, ([+-][\d.]+) dB i
 MEANS = r"^\| (music|babble) \| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$"
 
 
-def text_of(nb: nbformat.NotebookNode) -> str:
-    "What a notebook printed."
-    return "".join(o.text for c in nb.cells if c.cell_type == "code" for o in c.outputs if o.output_type == "stream")
-
-
 def outputs(nb: nbformat.NotebookNode, kind: str) -> list[str]:
     return [o.data[kind] for c in nb.cells if c.cell_type == "code" for o in c.outputs if kind in o.get("data", {})]
 
 
-def test_notebook_and_script_say_the_same(tmp_path, monkeypatch):
-    monkeypatch.delenv("TRAINKIT_WHERE", raising=False)  # a kernel of its own knows where it is
-    nb = nbformat.read(NOTEBOOK, as_version=4)
-    for old, new in SHORTER.items():
-        assert sum(old in cell.source for cell in nb.cells) == 1, old
-        for cell in nb.cells:
-            cell.source = cell.source.replace(old, new)
-    (here := tmp_path / "notebook").mkdir()
-    client = nbclient.NotebookClient(nb, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(here)}})
-    said = text_of(client.execute(cwd=str(here)))
+def test_notebook_and_script_say_the_same(tmp_path):
+    nb = shortened(NOTEBOOK, SHORTER, here := tmp_path / "notebook")
+    said = text_of(nb)
     command = [sys.executable, SCRIPT, "--epochs", "2", "--samples", "64", "--run", "runs/speech"]
     ours = subprocess.run(command, check=True, cwd=tmp_path, capture_output=True, text=True, env=os.environ).stdout
     assert re.search(SAID, ours)[0] == re.search(SAID, said)[0]

@@ -7,10 +7,10 @@ import sys
 import time
 from pathlib import Path
 
-import nbclient
 import nbformat
 import pytest
 import torch
+from tutorials import pictures, shortened, text_of
 
 from trainkit.sr.data import unit
 from trainkit.sr.tiles import upscale_tiled
@@ -30,15 +30,6 @@ SHORTER = {  # a line of the notebook -> the same one for a short run
 SAID = r"([\d.]+) dB on Y, ([\d.]+) dB in colour; beside bicubic ([+-][\d.]+) dB \(a = -½\)"
 
 
-def text_of(nb):
-    "What a notebook printed."
-    return "".join(o.text for c in nb.cells if c.cell_type == "code" for o in c.outputs if o.output_type == "stream")
-
-
-def pictures(nb):
-    return sum("image/png" in o.get("data", {}) for c in nb.cells if c.cell_type == "code" for o in c.outputs)
-
-
 def started(*args, cwd):
     return subprocess.Popen([sys.executable, SCRIPT, *args], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -54,15 +45,7 @@ def script(*args, cwd):
 def done(tmp_path_factory):
     "The notebook, run with smaller numbers: its folder and what it printed."
     folder = tmp_path_factory.mktemp("notebook")
-    nb = nbformat.read(NOTEBOOK, as_version=4)
-    for old, new in SHORTER.items():
-        assert sum(cell.source.count(old) for cell in nb.cells) == 1, old
-        for cell in nb.cells:
-            cell.source = cell.source.replace(old, new)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("TRAINKIT_WHERE", raising=False)  # a kernel of its own knows where it is
-        client = nbclient.NotebookClient(nb, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
-        return folder, client.execute(cwd=str(folder))
+    return folder, shortened(NOTEBOOK, SHORTER, folder, timeout=600)
 
 
 def test_the_notebook_in_short(done):
