@@ -288,7 +288,7 @@ def test_a_failed_restore_leaves_no_trace(tmp_path):
 
 def drawn(plot, panel=0):
     "What a panel shows: the curve's paler past, the present, the tails (separated by nan), the rings."
-    panel, _ = plot.panels[panel]
+    panel, _ = plot.painting.panels[panel]
     curve, ghosts = panel.curves[0], panel.ghosts
     return [tuple(np.asarray(a, float).tolist() for a in line.get_data())
             for line in (curve.past, curve.line, ghosts.lines, ghosts.rings)]
@@ -299,7 +299,8 @@ def epochs(history, values, first=1):
 
 
 def test_old_ways_are_drawn_behind_the_present_one():
-    from trainkit.ui.plots import Plot, pale
+    from trainkit.ui.paint import pale
+    from trainkit.ui.plots import Plot
     history, plot = History(), Plot()
     epochs(history, [5, 4, 3, 2])
     plot.update(history.snapshot())
@@ -309,13 +310,13 @@ def test_old_ways_are_drawn_behind_the_present_one():
     past, now, tails, rings = drawn(plot)
     assert (past, now, rings) == (([], []), ([10, 20], [5, 4]), ([], []))
     np.testing.assert_array_equal(tails, ([20, 30, 40, np.nan], [4, 3, 2, np.nan]))
-    assert plot.panels[0][0].ax.get_xlim()[1] >= 40
+    assert plot.painting.panels[0][0].ax.get_xlim()[1] >= 40
     epochs(history, [9], first=3)
     plot.update(history.snapshot())
     past, now, again, rings = drawn(plot)
     assert (past, now, rings) == (([10, 20], [5, 4]), ([20, 30], [4, 9]), ([20], [4]))
     np.testing.assert_array_equal(again, tails)
-    panel = plot.panels[0][0]
+    panel = plot.painting.panels[0][0]
     curve, ghosts = panel.curves[0], panel.ghosts
     assert curve.past.get_color() == pale(curve.line.get_color()) != curve.line.get_color()
     assert ghosts.lines.get_lw() < curve.line.get_lw() and ghosts.lines.get_zorder() < curve.line.get_zorder()
@@ -359,15 +360,15 @@ def test_tails_of_noisy_series_are_trends_of_few_points(log):
     assert len(losses[0]) < 700 and len(rates[0]) < 1300 and losses[0][0] > 10_000
     assert np.nanstd(losses[1]) < 0.3 and abs(np.nanmean(losses[1]) - 5) < 0.3  # of the noise of 1, little is left
     assert np.nanmax(rates[0]) == 20_000 and drawn(plot, 1)[3] == ([], [])
-    assert plot.panels[1][0].curves[0].line.get_xdata()[-1] == 12_000  # the present rate is not drawn into the future
+    assert plot.painting.panels[1][0].curves[0].line.get_xdata()[-1] == 12_000  # the present rate is not drawn into the future
     x, now = drawn(plot)[1]
     assert x[0] <= 10_000 < x[1] and abs(np.mean(now[-20:]) - 8) < 0.5
     assert len(plot_history(history, log=log).axes) == 2
-    ghosts = plot.panels[0][0].ghosts
-    before = ghosts.lines.get_xdata(), ghosts.values
+    left = plot.draft.contents[0].left
+    before = left.lines
     history.add("train/loss", 8.0, 12_001)
     plot.update(history.snapshot())
-    assert ghosts.values is before[1]  # what was drawn is not drawn anew
+    assert left.lines is before  # what was seen is not looked at anew
 
 
 def test_of_many_tails_the_newest_are_drawn():
@@ -406,4 +407,4 @@ def test_the_picture_of_a_run_shows_its_tails(tmp_path):
     with pytest.MonkeyPatch.context() as m:
         m.setattr(Plot, "update", lambda self, snapshot: (drawn_.append(self), update(self, snapshot))[1])
         learn.fit(steps=3)
-    assert drawn_[-1].ways.forks == [4] and (tmp_path / "run" / "curves.png").exists()
+    assert drawn_[-1].draft.ways.forks == [4] and (tmp_path / "run" / "curves.png").exists()

@@ -119,7 +119,7 @@ def test_bar_and_legend_show_the_same_number(monkeypatch):
     run.history.add("valid/fid", 9.0, 100)
     plot, s = Plot(), progress.status_of(run, 1.0, 1.0, None)
     plot.update(run.history.snapshot())
-    legends = [[t.get_text() for t in panel.legend.get_texts()] for panel, _ in plot.panels]
+    legends = [[t.get_text() for t in panel.legend.get_texts()] for panel, _ in plot.painting.panels]
     assert " · ".join(legends[0]) == progress.losses(s)
     assert legends[1] == ["valid 9.000"]
     values = run.history.scalars["train/generator/loss"][1]
@@ -154,14 +154,14 @@ def record(n=200, **extra):
 def test_figure_shows_the_data_and_reuses_its_artists():
     plot, history = Plot(), record()
     plot.update(history.snapshot())
-    panel, lines = plot.panels[0]
+    panel, lines = plot.painting.panels[0]
     artists = [(c.raw, c.line) for c in panel.curves]
     np.testing.assert_array_equal(panel.curves[0].raw.get_xdata(), np.arange(1, 201))
     np.testing.assert_allclose(panel.curves[0].raw.get_ydata(), 1 / np.arange(1, 201))
     history.add("train/generator/loss", 9.0, 201)
     history.mark("epoch", 201)
     plot.update(history.snapshot())
-    assert [(c.raw, c.line) for c in plot.panels[0][0].curves] == artists
+    assert [(c.raw, c.line) for c in plot.painting.panels[0][0].curves] == artists
     assert panel.curves[0].raw.get_ydata()[-1] == 9.0
     assert len(lines.epochs.get_segments()) == 1
     newest = np.append(1 / np.arange(182, 201), 9.0).mean()
@@ -174,7 +174,7 @@ def test_live_figure_never_changes_its_size():
         for k in range(step): history.add(f"valid/metric{k}", step, step)
         plot.update(history.snapshot())
         shapes.add(plot.pixels().shape)
-    assert shapes == {(280, 600, 3)} and len(plot.panels) == 3
+    assert shapes == {(280, 600, 3)} and len(plot.painting.panels) == 3
 
 
 def test_still_figure_has_every_panel():
@@ -201,14 +201,14 @@ def test_odd_values_can_be_drawn(values, log):
 
 def test_learning_rates_share_a_curve_until_they_differ():
     history, plot = record(lr__discriminator=lambda s: 1 / s, lr__generator=lambda s: 1 / s), Plot()
-    def legend(): return [t.get_text() for t in plot.panels[1][0].legend.get_texts()]
+    def legend(): return [t.get_text() for t in plot.painting.panels[1][0].legend.get_texts()]
 
     plot.update(history.snapshot())
     assert legend() == ["discriminator, generator 0.005000"]
     history.add("lr/generator", 0.5, 201)
     plot.update(history.snapshot())
     assert legend() == ["discriminator 0.005000", "generator 0.5000"]
-    of_losses, of_rates = ({c.name.split("/")[1]: c.line.get_color() for c in p.curves} for p, _ in plot.panels)
+    of_losses, of_rates = ({c.name.split("/")[1]: c.line.get_color() for c in p.curves} for p, _ in plot.painting.panels)
     assert of_losses == of_rates  # a player has one colour
 
 
@@ -225,8 +225,8 @@ def test_legend_covers_neither_title_nor_neighbour(panels, players):
     plot.update(history.snapshot())
     plot.pixels()
     renderer, inches = plot.canvas.get_renderer(), plot.figure.bbox
-    assert len(plot.panels) == panels
-    for panel, _ in plot.panels:
+    assert len(plot.painting.panels) == panels
+    for panel, _ in plot.painting.panels:
         title = next(t for t in panel.ax.findobj() if getattr(t, "get_text", str)() == panel.ax.get_title(loc="left"))
         legend = panel.legend.get_window_extent(renderer)
         assert not legend.overlaps(title.get_window_extent(renderer))
@@ -245,7 +245,7 @@ def test_marks_have_names_that_can_be_read():
     for kind, step in [("interrupted", 3), ("checkpoint", 100), ("stopped", 150), ("checkpoint", 200), ("interrupted", 200)]:
         history.mark(kind, step)
     plot.update(history.snapshot())
-    first, second = plot.panels[0][1], [lines for _, lines in plot.panels[1:]]
+    first, second = plot.painting.panels[0][1], [lines for _, lines in plot.painting.panels[1:]]
     assert names_of(first) == [(3, "interrupted", "left"), (100, "checkpoint", "right"), (150, "stopped", "right"),
                                (200, "checkpoint, interrupted", "right")]
     assert [names_of(lines) for lines in second] == [[]]
@@ -267,8 +267,8 @@ def test_names_of_marks_lie_apart_and_inside(n, where, width, panels):
              "at once": np.full(n, 120)}[where].astype(int).tolist()  # fmt: skip
     for i, step in enumerate(steps): history.mark("command", step, LONG[i % 3])
     plot.update(history.snapshot())
-    assert plot.pixels().shape == (280, 100 * width, 3) and len(plot.panels) == panels
-    panel, lines = plot.panels[0]
+    assert plot.pixels().shape == (280, 100 * width, 3) and len(plot.painting.panels) == panels
+    panel, lines = plot.painting.panels[0]
     boxes = [name.parts[1].get_window_extent() for name in lines.written]
     inside = panel.ax.bbox
     for box, name in zip(boxes, lines.written):
@@ -312,20 +312,20 @@ def test_a_dollar_is_no_mathematics():
     plot = Plot()
     plot.update(history.snapshot())
     assert plot.pixels().shape == (280, 900, 3)
-    assert plot.panels[0][1].written[0].text == "costs $x_$ and $\\frac$"
+    assert plot.painting.panels[0][1].written[0].text == "costs $x_$ and $\\frac$"
 
 
 def test_marks_are_laid_out_again_only_when_they_change():
     history, plot = record(), Plot()
     history.mark("command", 100, "lr: 1 → 0.1")
     plot.update(history.snapshot())
-    name, = plot.panels[0][1].written
+    name, = plot.painting.panels[0][1].written
     history.add("train/generator/loss", 1.0, 201)
     plot.update(history.snapshot())
-    assert plot.panels[0][1].written == [name]
+    assert plot.painting.panels[0][1].written == [name]
     history.mark("command", 201, "lr: 0.1 → 1")
     plot.update(history.snapshot())
-    assert name not in plot.panels[0][1].written and name.parts[0].axes is None  # taken away
+    assert name not in plot.painting.panels[0][1].written and name.parts[0].axes is None  # taken away
 
 
 @pytest.mark.parametrize("end", ["stopped", "interrupted"])
@@ -334,9 +334,9 @@ def test_a_stop_leaves_its_mark_on_the_still_picture(monkeypatch, tmp_path, end)
     monkeypatch.setattr(Plot, "update", lambda self, snapshot: (drawn.append(self), update(self, snapshot))[1])
     run = Run(Curves(), run=tmp_path)
     run.fit(2, end=end, at=15)
-    assert names_of(drawn[-1].panels[0][1]) == [(15, end, "right")]
+    assert names_of(drawn[-1].painting.panels[0][1]) == [(15, end, "right")]
     run.fit(1)  # goes on
-    assert names_of(drawn[-1].panels[0][1]) == [(15, end, "right")]
+    assert names_of(drawn[-1].painting.panels[0][1]) == [(15, end, "right")]
 
 
 def test_no_pyplot():

@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from ..compare import as_run, best_of_row, outcome, series_of
+from ..compare import as_run, best_of_row, labels, outcome, series_of
 from ..history import Snapshot
 from ..runs import Run, start_of, trunk_of
-from .plots import COLOURS, decimate, is_noisy, pale, short, trend, view_limits
+from .paint import pale, short
+from .plots import COLOURS, decimate, is_noisy, trend, view_limits
 
 # %% ../../nbs/59_ui_compare.ipynb #4f04c104
 def in_epochs(
@@ -134,7 +135,8 @@ def legend_of(
 ) -> None:
     "The names of the runs below the panels, and how many are grey."
     from matplotlib.lines import Line2D
-    named = [(one.run.name if len(one.run.name) <= 30 else one.run.name[:29] + "…", one.colour) for one in drawn if one.colour]
+    names = [name if len(name) <= 30 else f"{name[:14]}…{name[-15:]}" for name in labels([one.run for one in drawn])]
+    named = [(name, one.colour) for name, one in zip(names, drawn) if one.colour]
     others = len(drawn) - len(named)
     named += [(f"{others} other{'s' * (others > 1)}", "#cfcfcf")] * bool(others)
     wide = max(len(name) for name, _ in named) * 0.075 + 0.5

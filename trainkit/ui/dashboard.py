@@ -153,7 +153,7 @@ def last_words(
 # %% ../../nbs/56a_ui_dashboard.ipynb #0355b2d2
 SMOOTH = {"none": 0.0, "little": 0.7, "medium": 0.9, "much": 0.97, "very much": 0.99}
 REFRESH = (0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
-SHARE = 0.008  # of the time, for pictures; what else a view costs, and that the cores share a cache, comes on top
+SHARE = 0.005  # of the time, for pictures; what else a view costs, and that the cores share a cache, comes on top
 
 
 def sliders_for(
@@ -178,8 +178,8 @@ class Telling:
 
     def __init__(self, endpoint: Any, stage: Stage, sketch: Sketch, refresh: float):
         self.feed, self.stage, self.sketch, self.default = Feed(endpoint), stage, sketch, refresh
-        self.words = Budget(0.25, 0.004, credit=0.05, effort=time.thread_time, rest=4)
-        self.pictures = Budget(refresh, SHARE, credit=0.15, effort=time.thread_time, rest=4)
+        self.words = Budget(0.25, 0.003, credit=0.02, effort=time.thread_time, rest=4)
+        self.pictures = Budget(refresh, SHARE, credit=0.02, effort=time.thread_time, rest=4)
         first = self.feed.status()
         self.begun, self.epochs = time.time() - first.elapsed, first.epochs
         self._drawn: Any = None
@@ -302,6 +302,7 @@ class Live(Look):
 
     def begin(self) -> None:
         "Follow the run from now on."
+        self.drawing.sketch.leave()
         self.ticker.start()
 
     def end(self, picture: bool = True) -> np.ndarray | None:  # draw what stays
@@ -309,6 +310,7 @@ class Live(Look):
         with self._lock:
             if self.over: return None
             self.over = True
+        self.drawing.sketch.stay()  # a picture that is being painted is not waited for
         self.ticker.close()
         d, still, data, metadata = self.drawing, None, dict[str, str](), dict[str, Any]()
         s, table = d.feed.status(), Table()

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from ..history import Mark, Snapshot
-from .plots import Plot
+from .paint import Drawing, Painter, Painting
+from .plots import Draft, Plot
 from .progress import Status, Table, bars_html, clock, digits, epoch_values, join, of, status_line
 from .samples import on_screen
 from .view import to_jpeg, to_png
@@ -188,7 +189,9 @@ class Sketch:
 
     def __init__(self, names: Any = None, log: bool = False, smooth: float = 0.9, width: float = 9.0):
         self.style = (names, log, smooth, width)
-        self._plot: Plot | None = None
+        self._draft: Draft | None = None
+        self._painting: Painting | None = None
+        self._painter: Painter | None = None
         self._drawn: Any = None
 
     @property
@@ -203,10 +206,27 @@ class Sketch:
     def draw(self, snapshot: Snapshot, beside: bool) -> np.ndarray:  # beside a grid of samples: two panels instead of three
         "The picture, uint8, height x width x 3."
         names, log, smooth, width = key = (*self.style[:3], 6.2 if beside else self.style[3])
-        if self._plot is None or key != self._drawn: self._plot = Plot(names, log, smooth, width, most=2 if beside else 3)
+        if self._draft is None or key != self._drawn: self._draft = Draft(names, log, smooth, width, most=2 if beside else 3)
         self._drawn = key
-        self._plot.update(snapshot)
-        return self._plot.pixels()
+        return self._paint(self._draft.drawing(snapshot))
+
+    def _paint(self, drawing: Drawing) -> np.ndarray:
+        if (painter := self._painter) is not None:
+            try:
+                if painter.ready: return painter.paint(drawing)
+            except (OSError, RuntimeError): self.stay()  # here it works, or says why not
+        self._painting = self._painting or Painting()
+        self._painting.paint(drawing)
+        return self._painting.pixels()
+
+    def leave(self) -> None:
+        "Paint in another process from now on, as long as that works."
+        self._painter = self._painter or Painter()
+
+    def stay(self) -> None:
+        "Paint here from now on; the other process ends."
+        painter, self._painter = self._painter, None
+        if painter is not None: painter.close()
 
     def still(self, snapshot: Snapshot, samples: np.ndarray | None) -> np.ndarray:
         "All panels, and the samples below them, in 1.5 pixels for a CSS pixel."

@@ -8,15 +8,15 @@ __all__ = ['SIZE', 'PLACE', 'marks_to_draw', 'places', 'letters', 'wide', 'clipp
 # %% ../../nbs/50a_ui_marks.ipynb #a8fb53eb
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..history import Mark
+if TYPE_CHECKING: from trainkit.history import Mark
 
 # %% ../../nbs/50a_ui_marks.ipynb #9caa3d18
 def marks_to_draw(
-    marks: Sequence[Mark],  # of a history
+    marks: "Sequence[Mark]",  # of a history
     most: int = 30,  # ends of epochs; more would be a fence
     labels: int = 6,  # checkpoints are left out when more than this was done
 ) -> tuple[list[int], list[tuple[int, str]]]:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'bucket_size', 'extremes', 'Finished', 'decimate', 'neighbour_sums', 'local_lines', 'trend', 'panel_of',
-           'panels_of', 'label_of', 'labels_of', 'owner_of', 'colours_of', 'is_noisy', 'Ways', 'pale', 'Curve',
-           'Ghosts', 'view_limits', 'short', 'Panel', 'box', 'Plot', 'plot_history', 'Curves']
+           'panels_of', 'label_of', 'labels_of', 'owner_of', 'colours_of', 'is_noisy', 'Ways', 'Curve', 'at', 'Left',
+           'rings', 'view_limits', 'Contents', 'Draft', 'Plot', 'plot_history', 'Curves']
 
 # %% ../../nbs/51_ui_plots.ipynb #7c4e6b13
 import math
@@ -20,7 +20,8 @@ import numpy as np
 
 from ..forks import Scalars, Tail, parts
 from ..history import History, Snapshot
-from .marks import MarkLines, marks_to_draw
+from .marks import marks_to_draw
+from .paint import XY, Drawing, Face, Frame, Line, Painting
 from .progress import digits, is_batchwise, recent
 from .view import Budget, LivePicture, PictureView, has_dashboard, quietly, save_png
 
@@ -249,76 +250,66 @@ class Ways:
         return steps[before], values[before]
 
 # %% ../../nbs/51_ui_plots.ipynb #b7bc233a
-def pale(colour: str) -> str:  # "#rrggbb"
-    "Half way to white."
-    return "#" + "".join(f"{(int(colour[i:i + 2], 16) + 255) // 2:02x}" for i in (1, 3, 5))
-
-
 class Curve:
-    "One series: its values, faint when a trend is drawn over them, and paler before the present way began."
+    "What is drawn of one series."
 
-    def __init__(self, ax: Any, name: str, colour: str, smooth: float):  # axes, series, colour, weight in the trend
+    def __init__(self, name: str, smooth: float):  # weight of a neighbour in the trend
         self.name, self.smooth, self.rate, self.finished = name, smooth, name.startswith("lr/"), Finished()
-        style = dict(lw=1.6, solid_capstyle="round", drawstyle="steps-post" if self.rate else "default", markersize=3.5)
-        self.raw, = ax.plot([], [], color=colour, lw=0.8, alpha=0.3, zorder=1.8)  # under the names of marks
-        self.past, = ax.plot([], [], color=pale(colour), **style)
-        self.line, = ax.plot([], [], color=colour, **style)
 
     def smoothed(self, steps: np.ndarray) -> bool:
         "Is it drawn as a trend?"
         return self.smooth > 0 and is_noisy(self.name, steps)
 
-    def points(self, steps: np.ndarray, values: np.ndarray, most: int = 400) -> tuple[np.ndarray, np.ndarray]:
+    def points(self, steps: np.ndarray, values: np.ndarray, most: int = 400) -> XY:
         "What is drawn of values: so many stretches of a trend at most, or one and a half times as many values."
         return trend(steps, values, self.smooth, most) if self.smoothed(steps) else decimate(steps, values, 3 * most // 2)
 
-    def update(self, steps: np.ndarray, values: np.ndarray, end: int, positive: bool,
-               begin: int | None = None) -> np.ndarray:  # the last fork
-        "Set the data; returns the values that the view should cover."
+    def line(self, steps: np.ndarray, values: np.ndarray, end: int, positive: bool,
+             begin: int | None = None) -> Line:  # the last fork
+        "Its values, and in front of them a trend if it has one; what lies before the fork is the past."
         if positive: values = np.where(values > 0, values, np.nan)
         if self.rate: steps, values = np.append(steps, end), np.append(values, values[-1])
-        trends = self.smoothed(steps)
-        self.raw.set_data(*(decimate(steps, values, finished=self.finished) if trends else ([], [])))
-        x, y = self.points(steps, values) if trends else decimate(steps, values, finished=self.finished)
+        x, y = all_ = decimate(steps, values, finished=self.finished)
+        if trends := self.smoothed(steps): x, y = self.points(steps, values)
         k = 0 if begin is None else int(np.searchsorted(x, begin, "right"))
-        self.past.set_data(x[:k], y[:k])
-        self.line.set_data(x[max(k - 1, 0):], y[max(k - 1, 0):])
-        for line in (self.past, self.line): line.set_marker("o" if len(values) <= 30 and not self.rate else "")
-        return np.concatenate([self.raw.get_ydata(), y])
+        now, past = (x[max(k - 1, 0):], y[max(k - 1, 0):]), (x[:k], y[:k])
+        return Line(now, past, *([all_] if trends else []), dots=len(values) <= 30 and not self.rate)
 
-    def at(self, steps: Sequence[int]) -> np.ndarray:
-        "The height of the drawn curve; nan where there is none."
-        x, y = (np.concatenate([a, b]) for a, b in zip(self.past.get_data(), self.line.get_data()))
-        return np.interp(steps, x, y, left=math.nan, right=math.nan) if len(x) else np.full(len(steps), math.nan)
+
+def at(line: Line, steps: Sequence[int]) -> np.ndarray:
+    "The height of the drawn curve; nan where there is none."
+    x, y = line.whole
+    return np.interp(steps, x, y, left=math.nan, right=math.nan) if len(x) else np.full(len(steps), math.nan)
 
 # %% ../../nbs/51_ui_plots.ipynb #91d099e3
-class Ghosts:
+class Left:
     "The ways that were left, in one panel, and a small ring at each fork."
 
-    def __init__(self, ax: Any):  # axes
-        self.lines, = ax.plot([], [], color="#aaaaaa", lw=0.8, zorder=1.5)
-        self.rings, = ax.plot([], [], "o", markersize=4, mfc="white", mec="#555555", mew=0.9, zorder=5)
-        self._drawn: Any = None
-        self.values = np.empty(0)  # what the view should cover
+    def __init__(self) -> None:
+        self._seen: Any = None
+        self.lines: XY = np.empty(0), np.empty(0)  # separated by nan
 
-    def update(self, curves: Sequence[Curve], ways: Ways, scalars: Scalars, positive: bool) -> None:
-        "Set the data; tails that are drawn already stay as they are."
+    def look(self, curves: Sequence[Curve], ways: Ways, scalars: Scalars, positive: bool) -> None:
+        "Take note; tails that were seen already stay as they are."
         key = positive, [*map(id, ways.tails)]
-        if key != self._drawn:
-            lines = [self._line(c, i, ways, scalars) for c in curves for i in range(len(ways.tails))]
-            x, y = (np.concatenate([np.empty(0), *(np.append(line[k], np.nan) for line in lines)]) for k in (0, 1))
-            self.values, self._drawn = np.where(y > 0, y, np.nan) if positive else y, key
-            self.lines.set_data(x, self.values)
-        there = [(fork, y) for c in curves for fork, y in zip(ways.forks, c.at(ways.forks)) if not c.rate]
-        self.rings.set_data([x for x, _ in there], [y for _, y in there])
+        if key == self._seen: return
+        lines = [self._line(c, i, ways, scalars) for c in curves for i in range(len(ways.tails))]
+        x, y = (np.concatenate([np.empty(0), *(np.append(line[k], np.nan) for line in lines)]) for k in (0, 1))
+        self.lines, self._seen = (x, np.where(y > 0, y, np.nan) if positive else y), key
 
-    def _line(self, curve: Curve, i: int, ways: Ways, scalars: Scalars) -> tuple[np.ndarray, np.ndarray]:
+    def _line(self, curve: Curve, i: int, ways: Ways, scalars: Scalars) -> XY:
         if curve.name not in ways.tails[i].scalars: return np.empty(0), np.empty(0)
         steps, values = ways.tails[i].scalars[curve.name]
         x, y = curve.points(steps, values, 120)  # a thin line behind the others
         if not curve.smoothed(steps):
             x, y = (np.concatenate(o) for o in zip(ways.origin(i, curve.name, scalars), (x, y)))
         return (np.repeat(x, 2)[1:], np.repeat(y, 2)[:-1]) if curve.rate else (x, y)
+
+
+def rings(curves: Sequence[Curve], lines: Sequence[Line], forks: Sequence[int]) -> XY:
+    "Where the present way parts from one that was left."
+    there = [(fork, y) for c, line in zip(curves, lines) for fork, y in zip(forks, at(line, forks)) if not c.rate]
+    return np.array([x for x, _ in there]), np.array([y for _, y in there])
 
 # %% ../../nbs/51_ui_plots.ipynb #cf89be7f
 def view_limits(
@@ -337,115 +328,68 @@ def view_limits(
     return (10 ** (low - pad), 10 ** (high + pad)) if log else (low - pad, high + pad)
 
 # %% ../../nbs/51_ui_plots.ipynb #9acfb229
-def short(step: float, _: Any = None) -> str:
-    "A step as a tick label: `500`, `12k`, `1.5M`."
-    for size, letter in ((1e6, "M"), (1e3, "k")):
-        if abs(step) >= max(size, 1e4): return f"{step / size:g}{letter}"
-    return f"{step:g}"
+class Contents:
+    "What one panel shows of some series (-> label)."
 
-# %% ../../nbs/51_ui_plots.ipynb #f7e13029
-class Panel:
-    "Axes with the curves of some series (-> label, -> colour), named and valued in the legend."
+    def __init__(self, labels: Mapping[str, str], smooth: float):
+        self.labels, self.curves, self.left = labels, [Curve(name, smooth) for name in labels], Left()
 
-    def __init__(self, ax: Any, title: str, labels: Mapping[str, str], colours: Mapping[str, str], log: bool,
-                 smooth: float):
-        self.ax, self.labels, self.log, self._positive = ax, labels, log, False
-        self.curves, self.ghosts = [Curve(ax, name, colour, smooth) for name, colour in colours.items()], Ghosts(ax)
-        ax.set_title(title, loc="left", y=1.0, fontsize=9.5, fontweight="bold", color="#333333", parse_math=False)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(axis="y", color="#e6e6e6", lw=0.7)
-        ax.tick_params(which="both", labelsize=8, colors="#555555", length=3)
-        ax.xaxis.set_major_formatter(short)
-        ax.yaxis.set_major_formatter("{x:.4g}")
-        ax.locator_params(axis="x", nbins=5, integer=True)
-        ax.set_xlabel("step", fontsize=8, color="#555555")
-        ax.xaxis.set_label_coords(0.5, -0.1)  # a stated place saves a search among the tick labels at every drawing
-        self.legend: Any = self._legend(list(labels.values()), len(title)) if labels else None
-
-    def _legend(self, labels: Sequence[str], title: int) -> Any:
-        "Beside the title, two lines if need be and there is room (1/16 inch for a character of 8 points); else inside."
-        inches, widths = self.ax.get_position().width * self.ax.figure.get_figwidth(), [len(label) + 14 for label in labels]
-        line, lines = ((1.3 * title + wide) / 16 for wide in (sum(widths), max(widths)))
-        place: dict[str, Any] = dict(loc="upper right", framealpha=0.85, edgecolor="none", fontsize=7)
-        beside: dict[str, Any] = dict(loc="lower right", bbox_to_anchor=(1.01, 0.985), frameon=False, fontsize=7)
-        if line < 1.14 * inches: place = beside | dict(ncols=len(labels), fontsize=8 if line < inches else 7)
-        elif len(labels) == 2 and lines < 1.14 * inches: place = beside | dict(borderpad=0.2, labelspacing=0.2)
-        legend = self.ax.legend([c.line for c in self.curves], labels, handlelength=1.1, columnspacing=1.0,
-                                handletextpad=0.4, borderaxespad=0.0, **place)
-        legend.set_zorder(10)
-        return legend
-
-    def update(self, scalars: Scalars, ways: Ways, first: int, last: int, end: int) -> None:
-        "Draw these values, which lie between `first` and `last`; the view reaches until `end`."
+    def face(self, scalars: Scalars, ways: Ways, log: bool, first: int, last: int, end: int) -> Face:
+        "These values, which lie between `first` and `last`; the view reaches until `end`."
         mine = [scalars[c.name] for c in self.curves]
-        positive = self.log and any((v > 0).any() for _, v in mine)
-        if positive != self._positive: self.ax.set_yscale("log" if positive else "linear")
-        self._positive = positive
-        seen = [c.update(steps, values, last, positive, ways.begin) for c, (steps, values) in zip(self.curves, mine)]
-        self.ghosts.update(self.curves, ways, scalars, positive)
-        for (name, label), series, text in zip(self.labels.items(), mine, self.legend.get_texts()):
-            text.set(text=f"{label} {digits(recent(name, *series))}", parse_math=False)  # a "$" in a name is a "$"
-        self.ax.set_ylim(*view_limits(np.concatenate([*seen, self.ghosts.values]), positive))
-        self.ax.set_xlim(first, end + max(1, 0.02 * (end - first)))
+        positive = log and any((v > 0).any() for _, v in mine)
+        lines = [c.line(steps, values, last, positive, ways.begin) for c, (steps, values) in zip(self.curves, mine)]
+        self.left.look(self.curves, ways, scalars, positive)
+        texts = [f"{label} {digits(recent(name, *series))}" for (name, label), series in zip(self.labels.items(), mine)]
+        seen = np.concatenate([*(y for line in lines for y in (line.raw[1], line.whole[1])), self.left.lines[1]])
+        return Face(lines, texts, (first, end + max(1, 0.02 * (end - first))), view_limits(seen, positive), positive,
+                    self.left.lines, rings(self.curves, lines, ways.forks))
 
-# %% ../../nbs/51_ui_plots.ipynb #8a15deed
-def box(
-    i: int,  # which panel
-    n: int,  # of how many, three in a row
-    width: float,  # inches of the figure
-    height: float,  # inches of the figure
-) -> tuple[float, float, float, float]:
-    "Place of a panel's axes (left, bottom, width, height in parts of the figure), with room for labels and title."
-    columns, rows = min(n, 3), math.ceil(n / 3)
-    row, column = divmod(i, columns)
-    return (column / columns + 0.52 / width, (rows - 1 - row) / rows + 0.42 / height,
-            1 / columns - 0.62 / width, 1 / rows - 0.72 / height)
-
-# %% ../../nbs/51_ui_plots.ipynb #51d447cc
-class Plot:
-    "A figure of a history, redrawn by `update`: `most` panels, three in a row of `width` x `height` inches."
+# %% ../../nbs/51_ui_plots.ipynb #8370b5da
+class Draft:
+    "Works out the drawings of a history: `most` panels, three in a row of `width` x `height` inches."
 
     def __init__(self, names: Sequence[str] | None = None, log: bool = False, smooth: float = 0.9,
                  width: float = 9.0, height: float = 2.8, most: int = 3):
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
         if not 0 <= smooth < 1: raise ValueError(f"smooth is a neighbour's weight, 0 <= smooth < 1: got {smooth!r}")
         self.names, self.log, self.smooth, self.size, self.most = names, log, smooth, (width, height), most
-        self.canvas, self.ways = FigureCanvasAgg(Figure(dpi=100, facecolor="white")), Ways()
-        self.figure = self.canvas.figure
-        self._build({})
+        self.ways, self._layout = Ways(), dict[str, dict[str, str]]()
+        self._plan(self._layout)
 
-    def _build(self, layout: dict[str, dict[str, str]]) -> None:
-        self._layout, titles, colours = layout, list(layout) or ["loss"], colours_of(layout)
-        n, (width, height) = len(titles), self.size
-        height *= math.ceil(n / 3)
-        self.figure.clear()
-        self.figure.set_size_inches(width, height)
-        axes = [self.figure.add_axes(box(i, n, width, height)) for i in range(n)]
-        self.panels = [(Panel(ax, title, layout.get(title, {}), colours.get(title, {}), self.log, self.smooth),
-                        MarkLines(ax, ax is axes[0])) for ax, title in zip(axes, titles)]
-        if not layout: axes[0].set(xticks=[], yticks=[], xlabel="waiting for the first values")
+    def _plan(self, layout: dict[str, dict[str, str]]) -> None:
+        self._layout, colours = layout, colours_of(layout)
+        self.contents = [Contents(labels, self.smooth) for labels in layout.values()]
+        self.frames = tuple(Frame(panel, tuple(labels), tuple(labels.values()), tuple(colours[panel].values()))
+                            for panel, labels in layout.items())
 
-    def update(self, snapshot: Snapshot) -> None:
-        "Draw what the history holds."
-        scalars, marks = snapshot.scalars, marks_to_draw(snapshot.marks)
+    def drawing(self, snapshot: Snapshot) -> Drawing:
+        "What the history holds."
+        scalars = snapshot.scalars
         shown = list(panels_of(scalars, self.names).items())[: self.most]
         layout = {panel: labels_of(names, scalars) for panel, names in shown}
-        if layout != self._layout: self._build(layout)
+        if layout != self._layout: self._plan(layout)
         drawn = [scalars[n][0] for names in layout.values() for n in names]
-        if not drawn: return
+        if not drawn: return Drawing(self.size, self.frames)
         first, last = min(int(s.min()) for s in drawn), max(int(s.max()) for s in drawn)
         self.ways.update(snapshot)
         end = max(last, self.ways.end([n for labels in layout.values() for n in labels]))
-        for panel, lines in self.panels:
-            panel.update(scalars, self.ways, first if first > 1 else 0, last, end)
-            lines.update(*marks)
+        first = first if first > 1 else 0
+        faces = [c.face(scalars, self.ways, self.log, first, last, end) for c in self.contents]
+        return Drawing(self.size, self.frames, faces, *marks_to_draw(snapshot.marks))
 
-    def pixels(self, dpi: int = 100) -> np.ndarray:
-        "The figure as uint8 array, height x width x 3."
-        self.figure.set_dpi(dpi)
-        self.canvas.draw()
-        return np.asarray(self.canvas.buffer_rgba())[..., :3].copy()
+# %% ../../nbs/51_ui_plots.ipynb #fc610cd5
+class Plot:
+    "A figure of a history, redrawn by `update`; what it takes is a `Draft`'s."
+
+    def __init__(self, names: Sequence[str] | None = None, log: bool = False, smooth: float = 0.9,
+                 width: float = 9.0, height: float = 2.8, most: int = 3):
+        self.draft, self.painting = Draft(names, log, smooth, width, height, most), Painting()
+        self.painting.paint(Drawing(self.draft.size))
+        self.figure, self.canvas, self.pixels = self.painting.figure, self.painting.canvas, self.painting.pixels
+
+    def update(self, snapshot: Snapshot) -> None:
+        "Draw what the history holds."
+        self.painting.paint(self.draft.drawing(snapshot))
 
 # %% ../../nbs/51_ui_plots.ipynb #58e1977d
 def plot_history(

@@ -208,12 +208,12 @@ class Samples(Looking):
     ):
         super().__init__(live)
         self.seconds, self.sampler = seconds_of(every), Sampler(source, n, nrow, name)
-        self._budget = Budget(self.seconds or 1.0, share=0.01, credit=0.25)
+        self._budget = Budget(self.seconds or 1.0, share=0.005, credit=0.03)
 
     @quietly
     def before_fit(self, learn: Any) -> None:
         "A fresh picture for every fit, of the model as it is."
-        self._budget = Budget(self.seconds or 1.0, share=0.01, credit=0.25)
+        self._budget = Budget(self.seconds or 1.0, share=0.005, credit=0.03)
         self._open(learn)
         self._look(learn)
 
