@@ -25,11 +25,12 @@ from torch.nn import functional as F
 
 from benchmarks import common
 from benchmarks.common import Maker, Table, Work, median, present, spread, version, versus
-from benchmarks.peers import PEERS, Batches, mlp, plain, regression
+from benchmarks.peers import PEERS, Batches, mlp, plain, regression, sgd
 from trainkit.learner import Learner
 from trainkit.optim import OptimBuilder
 
 BARE, ALL = "trainkit, bare", "trainkit, defaults in a "  # script, terminal
+SAVING = "the plain loop, with torch.save"
 LESS = ", but no checkpoints"  # what is left is paid at every step; a checkpoint is paid once an epoch
 TARGETS = {BARE: "8", f"{ALL}script": "15", f"{ALL}terminal": "15", f"{ALL}script{LESS}": "15"}
 
@@ -50,6 +51,27 @@ def all_on(data: Batches, folder: str, where: str, **but: str) -> Work:
     return work
 
 
+def plain_saving(data: Batches, folder: str) -> Work:
+    "The plain loop that writes what it needs to go on, safely, after every epoch: the least that a checkpoint costs."
+    model, place = mlp(), Path(tempfile.mkdtemp(dir=folder))
+    opt = sgd(model)
+
+    def run() -> None:
+        for _ in range(data.epochs):
+            for x, y in data:
+                opt.zero_grad()
+                loss = F.mse_loss(model(x), y)
+                loss.backward()
+                opt.step()
+            with open(place / "new", "wb") as file:
+                torch.save({"model": model.state_dict(), "opt": opt.state_dict(), "rng": torch.get_rng_state()}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(place / "new", place / "checkpoint.pt")
+
+    return run
+
+
 def ours(data: Batches, folder: str) -> dict[str, Maker]:
     every = {ALL + where: partial(all_on, data, folder, where) for where in ("script", "terminal")}
     return {BARE: partial(bare, data), **every, f"{ALL}script{LESS}": partial(all_on, data, folder, "script", save_every="none")}
@@ -60,7 +82,8 @@ def overhead(data: Batches, runs: int, folder: str, peers: bool) -> Table:
     head = ("", "version", "µs a step over the plain loop", "middle half", "ratio", "to reach, µs", "once a fit, ms")
     table = Table(f"{len(data)} steps an epoch", head)
     usable, lacking = present(PEERS if peers else {}, data)
-    others = {"the plain loop again": partial(plain, data), **ours(data, folder), **usable}
+    others = {"the plain loop again": partial(plain, data), SAVING: partial(plain_saving, data, folder), **ours(data, folder),
+              **usable}
     found = versus(partial(plain, data), others, runs, data.parts)
     for name, pairs in found.items():
         over = [(other[0] - base[0]) * 1e6 for base, other in pairs]

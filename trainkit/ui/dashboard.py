@@ -153,7 +153,7 @@ def last_words(
 # %% ../../nbs/56a_ui_dashboard.ipynb #0355b2d2
 SMOOTH = {"none": 0.0, "little": 0.7, "medium": 0.9, "much": 0.97, "very much": 0.99}
 REFRESH = (0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
-SHARE = 0.005  # of the time, for pictures; what else a view costs, and that the cores share a cache, comes on top
+SHARE = 0.005  # of the time, for pictures: their numbers, and handing them on
 
 
 def sliders_for(

@@ -21,7 +21,7 @@ import numpy as np
 from ..forks import Scalars, Tail, parts
 from ..history import History, Snapshot
 from .marks import marks_to_draw
-from .paint import XY, Drawing, Face, Frame, Line, Painting
+from .paint import NOTHING, XY, Drawing, Face, Frame, Line, Painting
 from .progress import digits, is_batchwise, recent
 from .view import Budget, LivePicture, PictureView, has_dashboard, quietly, save_png
 
@@ -273,7 +273,7 @@ class Curve:
         if trends := self.smoothed(steps): x, y = self.points(steps, values)
         k = 0 if begin is None else int(np.searchsorted(x, begin, "right"))
         now, past = (x[max(k - 1, 0):], y[max(k - 1, 0):]), (x[:k], y[:k])
-        return Line(now, past, *([all_] if trends else []), dots=len(values) <= 30 and not self.rate)
+        return Line(now, past, all_ if trends else NOTHING, len(values) <= 30 and not self.rate)
 
 
 def at(line: Line, steps: Sequence[int]) -> np.ndarray:
