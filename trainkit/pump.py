@@ -209,6 +209,7 @@ def _nudge(pump: Pump) -> None:
 
 def _look(pump: Pump, last: bool = False) -> None:
     "Look for messages, and answer if it is time; whatever goes wrong, the training goes on."
+    if pump._stream.closed(): return  # the kernel is about to end
     try:
         _nudge(pump)
         _take(pump)
