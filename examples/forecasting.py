@@ -14,7 +14,7 @@ from torch import nn
 
 from trainkit.device import seed_everything
 from trainkit.forecast.data import ForecastData, beijing_air, forecast_data
-from trainkit.forecast.metrics import ForecastErrors, horizon_table, masked_mse
+from trainkit.forecast.metrics import ERRORS, ForecastErrors, horizon_table, masked_mse
 from trainkit.forecast.models import DLinear, NLinear, PatchTST, SeasonalNaive, least_squares
 from trainkit.forecast.predictions import Forecasts, forecasts, save_forecasts
 from trainkit.learner import Learner
@@ -85,6 +85,8 @@ if __name__ == "__main__":
         model.fit(steps=steps, validate_every=max(1, steps // 4))
     found = forecasts(model, data.test)
     print(said(args.model, found, data))
+    nine = found.errors(ERRORS, scaler=data.scaler).compute()
+    print("all measures (scaled):", ", ".join(f"{name} {value:.4f}" for name, value in nine.items()))
     own = found.errors("mae").by_variable()["mae"]
     print("MAE in own units:", ", ".join(f"{name} {value:.2f}" for name, value in zip(found.names, own)))
     at = [h for h in (1, 24, 96, 336) if h <= args.horizon]

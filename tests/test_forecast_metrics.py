@@ -167,6 +167,27 @@ def test_null_values_beside_nan():
     assert found.compute()["mae"] == 0.5
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.floats(1e-9, 1e9), st.sampled_from([-1, 1]), st.integers(0, 9999), st.lists(st.integers(1, 79), max_size=9))
+def test_what_never_changes_is_told_from_rounding(size, sign, seed, cuts):
+    "A thousand times 0.1 has a mean that isn't 0.1, and squared deviations above zero."
+    (p, t), value = forecasts(80, 3, 3, 0.3, seed), sign * size
+    t[..., 0][~t[..., 0].isnan()] = value
+    p[..., 1] = value
+    found = fed(p, t, cuts := sorted({*cuts}))
+    r2, corr = (found.by_variable()[name] for name in ("r2", "corr"))
+    assert np.isnan(r2).tolist() == [True, False, False] and np.isnan(corr).tolist() == [True, True, False]
+    assert found.compute()["r2"] == pytest.approx(r2[1:].mean(), rel=1e-9), "over the variables that change"
+    assert math.isnan(found.compute()["corr"]), "a forecast that is constant is not left out"
+    assert fed(p[..., ::2], t[..., ::2], cuts).compute()["corr"] == pytest.approx(corr[2], rel=1e-9)
+
+
+def test_a_little_is_more_than_nothing():
+    t = 1000 + 1e-6 * torch.randn(5000, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = fed(t + 1e-7, t, range(100, 5000, 100)).compute()
+    assert found["corr"] == pytest.approx(1, abs=1e-6) and found["r2"] == pytest.approx(0.99, abs=0.01)
+
+
 def test_nothing_measured_is_not_perfect():
     p, t = forecasts(4)
     for found in (ForecastErrors(ERRORS), fed(p, t * NAN)):

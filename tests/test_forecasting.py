@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from tutorials import pictures, shortened, text_of
 
+from trainkit.forecast.metrics import ERRORS
+
 ROOT = Path(__file__).parents[1]
 NOTEBOOK, SCRIPT = ROOT / "nbs/tutorials/12_forecasting.ipynb", ROOT / "examples/forecasting.py"
 SHORT = """SHORT = {"inputs": 336, "every": (1, 24, 7), "patch": {"width": 32, "heads": 4, "layers": 2},
@@ -83,6 +85,8 @@ def test_the_script_says_what_the_stored_notebook_says(tmp_path):
     assert re.search(SAID.format("seasonal naive", 96), naive)[0] in stored
     assert not [*tmp_path.iterdir()], "without --run and --save nothing is written"
     trained = script("--save", "f.npz", cwd=tmp_path)
+    nine = dict(re.findall(r"(\w+) (-?[\d.]+)", re.search(r"all measures \(scaled\): (.*)", trained)[1]))
+    assert [*nine] == [*ERRORS] and float(nine["rmse"]) ** 2 == pytest.approx(float(nine["mse"]), abs=2e-4)
     ours, theirs = (re.search(SAID.format("DLinear", 96), said) for said in (trained, stored))
     for a, b in zip(ours.groups(), theirs.groups()):
         assert float(a) == pytest.approx(float(b), abs=0.002), "another processor rounds otherwise"
@@ -110,6 +114,16 @@ def test_the_stored_notebook():
         assert all(0 < float(change) < 1 for change in near)
         dust = {name: row[0] for (h, name), row in own.items() if h == hours}
         assert min(dust, key=dust.get) == "PatchTST"
+    more = rows_of(said, "five more")
+    assert more.keys() == table.keys()
+    for key, (rmse, huber, *_, dust_wape, dust_smape, dust_mape) in more.items():
+        assert rmse == pytest.approx(table[key][0] ** 0.5, abs=2e-3) and huber < table[key][0] / 2 + 1e-3
+        assert dust_mape > 1 > dust_wape and 0 < dust_smape < 2
+        if key[1] in (*TRAINED, "least squares"):
+            assert 0.645 < dust_wape < 0.725 and dust_mape > 2
+    best = [min((found[96, name][i], name) for name in (*TRAINED, "least squares"))[1]
+            for found, i in ((table, 0), (table, -3), (more, 3), (more, 4))]  # fmt: skip
+    assert best == ["PatchTST", "least squares", "least squares", "DLinear"], "MSE, MAE, sMAPE, MAPE"
     rows = [line.split() for line in said.split("by horizon\n")[1].splitlines()[1:8]]
     first, day = [float(n) for n in rows[0][3:]], [float(n) for n in rows[2][3:]]
     assert (rows[0][0], rows[2][0]) == ("1", "24") and max(first[:2]) < min(first[2:]) and max(day) < 1.1 * min(day)

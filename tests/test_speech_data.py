@@ -97,6 +97,19 @@ def test_the_loudest_piece(m, n, seed):
     assert powers[start] >= max(powers) - 1e-9 and len(sd.piece(x, n, start)) == n
 
 
+def test_pieces_have_as_much_speech_as_was_asked_for():
+    pauses = torch.cat([torch.randn(2000), 0.001 * torch.randn(30000), torch.randn(6000)])
+    data = sd.NoisySpeech({"pauses": pauses, "mute": pauses[2000:34000]}, NOISES, length=40, seconds=1.0, spoken=0.5)
+    assert len(data.clips) == 1, "the other has a quarter of a second of sound"
+    torch.manual_seed(0)
+    for _, clean in (data[i] for i in range(40)):
+        frames = clean.numpy().reshape(40, 200)
+        powers = (frames**2).sum(1)
+        assert (powers > 1e-4 * powers.max()).sum() * 0.025 >= 0.5
+    with pytest.raises(ValueError, match=r"no clip has 1.0 seconds of which spoken=0.9"):
+        sd.NoisySpeech({"pauses": pauses}, NOISES, seconds=1.0, spoken=0.9)
+
+
 def test_mixtures_keep_their_promises():
     data = sd.NoisySpeech(CLIPS, NOISES, length=60, seconds=1.0, snr=(-3, 6))
     torch.manual_seed(0)

@@ -16,10 +16,19 @@ torch.set_num_threads(1)
 def test_there_and_back(shape, n, seed):
     transform, x = sf.Spectrum(*shape), torch.randn(2, n, generator=torch.Generator().manual_seed(seed))
     spectrum = transform(x)
-    assert spectrum.shape == (2, shape[0] // 2 + 1, n // shape[1] + 1)
-    # the last samples lie under the tail of a single window where the hop doesn't divide the length
-    kept = n // shape[1] * shape[1]
-    torch.testing.assert_close(transform.inverse(spectrum, n)[:, :kept], x[:, :kept], atol=1e-4, rtol=0)
+    assert spectrum.shape == (2, shape[0] // 2 + 1, -(-n // shape[1]) + 1)
+    torch.testing.assert_close(transform.inverse(spectrum, n), x, atol=1e-4, rtol=0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from([(64, 32), (64, 16), (256, 128), (62, 20)]), st.integers(3, 9), st.sampled_from([-1, 0, 1]),
+       st.integers(0, 2**20))  # fmt: skip
+def test_a_mask_leaves_the_end_as_it_does_the_rest(shape, hops, over, seed):
+    "Divided by the tail of a window, where the last hop isn't whole, samples grow a hundredfold."
+    n, g = hops * shape[1] + over, torch.Generator().manual_seed(seed)
+    transform, x = sf.Spectrum(*shape), 0.1 * torch.randn(3, n, generator=g)
+    mask = torch.rand(3, transform.bins, 1, generator=g)
+    assert transform.inverse(mask * transform(x), n)[:, -shape[0] :].abs().max() < x.abs().max()
 
 
 def test_a_frame_is_numpys():

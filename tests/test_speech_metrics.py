@@ -16,7 +16,7 @@ torch.set_num_threads(1)
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(2, 400), st.floats(0.01, 10), st.integers(0, 2**20))
+@given(st.integers(20, 400), st.floats(0.01, 10), st.integers(0, 2**20))
 def test_si_sdr_is_torchmetrics(n, amount, seed):
     g = torch.Generator().manual_seed(seed)
     target = torch.randn(2, 3, n, generator=g)
@@ -33,6 +33,32 @@ def test_si_sdr_by_its_definition(decibels, volume, offset):
     target, noise = torch.sin(2 * math.pi * 10 * t), torch.sin(2 * math.pi * 37 * t)
     pred = volume * (target + 10 ** (-decibels / 20) * noise) + offset
     assert sm.si_sdr(pred, target).item() == pytest.approx(decibels, abs=1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.floats(-25, 25), st.floats(-25, 25), st.sampled_from([-1, 1]), st.floats(-60, 60), st.integers(0, 2**20))
+def test_si_sdr_of_whispers_and_shouts(a, b, sign, decibels, seed):
+    "Fifty orders of magnitude of volume change nothing, in float32."
+    x, y = torch.randn(2, 3, 300, generator=torch.Generator().manual_seed(seed))
+    pred = x + 10 ** (-decibels / 20) * y
+    expected = sm.si_sdr(pred.double(), x.double()).float()
+    torch.testing.assert_close(sm.si_sdr(sign * 10**a * pred, 10**b * x), expected, atol=2e-2, rtol=1e-3)
+
+
+def test_si_sdr_is_bounded_and_silence_is_the_worst():
+    x = torch.randn(2, 500)
+    assert (sm.si_sdr(x, 3 * x) > 99).all() and (sm.si_sdr(x, 3 * x) <= 100).all()
+    for pred, target in ((0 * x, x), (x, 0 * x), (0 * x, 0 * x), (0 * x + 0.1, x), (x, 1e5 + 0 * x)):
+        assert sm.si_sdr(pred, target).tolist() == [-100, -100]
+    assert sm.si_sdr(x * torch.tensor([[1.0], [math.nan]]), x).isnan().tolist() == [False, True]
+
+
+def test_si_sdr_has_the_gradient_of_its_definition():
+    "The volume that is divided by is no constant, and yet may be taken for one."
+    p, t = torch.randn(2, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    p.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: sm.si_sdr(x, t), p)
+    assert torch.autograd.gradcheck(lambda x: sm.si_sdr(1e-6 * x, t), p)
 
 
 def test_si_sdr_can_be_trained_on():

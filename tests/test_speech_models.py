@@ -67,7 +67,7 @@ def test_a_mask_is_what_is_learned():
     net = NETS["fullsubnet"]()
     spectrum = net.transform(clean + noise)
     ideal = squeeze(complex_mask(net.transform(clean), spectrum))
-    assert net.parts(spectrum).shape == ideal.shape == (1, 2, 33, 63)
+    assert net.parts(spectrum).shape == ideal.shape == (1, 2, 33, 64)
     net.parts = lambda _: ideal
     assert si_sdr(net(clean + noise), clean) > 25
 

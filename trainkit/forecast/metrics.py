@@ -17,7 +17,7 @@ from torch import Tensor
 # %% auto #0
 __all__ = ['TINY', 'RATIOS', 'FOLLOWED', 'ERRORS', 'observed', 'aligned', 'mean_over', 'masked_mae', 'masked_mse', 'masked_rmse',
            'masked_huber', 'masked_mape', 'masked_wape', 'symmetric', 'masked_smape', 'Moments', 'moments', 'pooled',
-           'Sums', 'sums', 'ratio', 'r2', 'corr', 'check_errors', 'Summed', 'ForecastErrors', 'horizon_table']
+           'Sums', 'sums', 'ratio', 'varies', 'r2', 'corr', 'check_errors', 'Summed', 'ForecastErrors', 'horizon_table']
 
 # %% ../../nbs/82_forecast_metrics.ipynb #3792948b
 def observed(
@@ -181,14 +181,24 @@ RATIOS: dict[str, Callable[[Sums], Tensor]] = {
 }
 
 # %% ../../nbs/82_forecast_metrics.ipynb #7bb3a8ca
-def r2(s: Sums, m: Moments) -> Tensor:
-    "1 - squared errors / squared deviations of the target."
-    return 1 - ratio(s.square, m.tt)
+def varies(
+    n: Tensor,
+    mean: Tensor,
+    squares: Tensor,  # the sum of n squared deviations from the mean
+) -> Tensor:  # bool
+    "Is there more in the deviations than the rounding of a mean?"
+    return squares > n * (256 * torch.finfo(squares.dtype).eps * mean).square()
 
-# %% ../../nbs/82_forecast_metrics.ipynb #6c4f74b9
+# %% ../../nbs/82_forecast_metrics.ipynb #62d0ae98
+def r2(s: Sums, m: Moments) -> Tensor:
+    "1 - squared errors / squared deviations of the target; NaN for one that never changes."
+    return 1 - ratio(s.square, torch.where(varies(m.n, m.t, m.tt), m.tt, 0.0))
+
+# %% ../../nbs/82_forecast_metrics.ipynb #faa542bc
 def corr(s: Sums, m: Moments) -> Tensor:
-    "Pearson's correlation of target and prediction."
-    return ratio(m.tp, (m.tt * m.pp).sqrt())
+    "Pearson's correlation of target and prediction; NaN where either never changes."
+    both = varies(m.n, m.t, m.tt) & varies(m.n, m.p, m.pp)
+    return torch.where(both, m.tp / torch.where(both, (m.tt * m.pp).sqrt(), 1.0), math.nan)
 
 # %% ../../nbs/82_forecast_metrics.ipynb #00246b11
 FOLLOWED: dict[str, Callable[[Sums, Moments], Tensor]] = {"r2": r2, "corr": corr}
@@ -259,8 +269,9 @@ class ForecastErrors(Summed):
         rows = Sums(*(x.sum(0) for x in self.sums)) if 0 in dims else self.sums
         m = pooled(self.moments, 0) if 0 in dims else self.moments
         follow = {name: f(rows, m) for name, f in FOLLOWED.items() if name in self.names}
-        if 1 in dims:  # over the variables that change; a forecast that is NaN is not left out
-            follow = {name: torch.where(m.tt > 0, each, 0.0).sum(-1) / (m.tt > 0).sum(-1) for name, each in follow.items()}
+        if 1 in dims:  # over the variables that change; what is NaN for its forecast's sake is not left out
+            alive = varies(m.n, m.t, m.tt)
+            follow = {name: torch.where(alive, each, 0.0).sum(-1) / alive.sum(-1) for name, each in follow.items()}
         return {name: RATIOS[name](s) if name in RATIOS else follow[name] for name in self.names}
 
     def compute(self) -> dict[str, float]:

@@ -20,8 +20,8 @@ from torch.utils.data import Dataset
 
 # %% auto #0
 __all__ = ['RATE', 'VOICES', 'TRACKS', 'PACKAGES', 'NOT_SPEECH', 'Pair', 'sounds_folder', 'read_wav', 'write_wav', 'recordings',
-           'music', 'is_held_out', 'split_recordings', 'level', 'babble', 'mix', 'piece', 'loudest', 'NoisySpeech',
-           'FixedMixtures']
+           'music', 'is_held_out', 'split_recordings', 'level', 'babble', 'mix', 'piece', 'loudest', 'spoken_seconds',
+           'NoisySpeech', 'FixedMixtures']
 
 # %% ../../nbs/70_speech_data.ipynb #e2f941bc
 RATE = 8000  # samples a second
@@ -182,6 +182,15 @@ def loudest(
     sums = F.pad(x.double().square().cumsum(0), (1, 0))
     return int((sums[n:] - sums[:-n]).argmax())
 
+# %% ../../nbs/70_speech_data.ipynb #e7cab979
+def spoken_seconds(
+    x: Tensor,  # (n,)
+) -> float:
+    "How long a recording isn't a pause: frames of 25 ms within 40 dB of its loudest one."
+    frame = RATE // 40
+    powers = level(F.pad(x, (0, -len(x) % frame)).unflatten(0, (-1, frame)))
+    return int((powers > 1e-4 * powers.max()).sum()) * frame / RATE
+
 # %% ../../nbs/70_speech_data.ipynb #824d151d
 Pair = tuple[Tensor, Tensor]  # noisy and clean, (n,) each
 
@@ -198,6 +207,14 @@ def _usable(what: str, sounds: Mapping[str, Tensor] | Iterable[Tensor], n: int =
         raise ValueError(f"{what} must be sounds (n,) that aren't silent, of {n} samples at least; received {shapes or 'none'}")
     return found
 
+
+def _wordy(clips: list[Tensor], n: int, spoken: float) -> list[Tensor]:
+    "Those of which the loudest n samples have enough seconds of speech."
+    found = [clip for clip in clips if spoken_seconds(piece(clip, n, loudest(clip, n))) >= spoken]
+    if not found:
+        raise ValueError(f"no clip has {n / RATE} seconds of which {spoken=} aren't a pause")
+    return found
+
 # %% ../../nbs/70_speech_data.ipynb #fb629814
 class NoisySpeech(Dataset):
     "Random mixtures: (noisy, clean), float32 (n,)."
@@ -209,11 +226,12 @@ class NoisySpeech(Dataset):
         length: int = 1000,  # samples in an epoch
         seconds: float = 2.0,  # of each
         snr: tuple[float, float] = (-5.0, 10.0),  # between these, in dB
+        spoken: float = 0.0,  # seconds of each, at least, that aren't a pause
     ):
-        self.n, self.snr, self.length = round(seconds * RATE), snr, length
+        self.n, self.snr, self.length, self.spoken = round(seconds * RATE), snr, length, spoken
         if length < 1 or self.n < 1 or not snr[0] <= snr[1]:
             raise ValueError(f"mixtures need length >= 1, seconds > 0, snr=(low, high); received {length=}, {seconds=}, {snr=}")
-        self.clips = _usable("clips", clips)
+        self.clips = _wordy(_usable("clips", clips), self.n, spoken)
         self.noises = [_usable(f"noises of the kind {kind!r}", sounds, self.n) for kind, sounds in noises.items()]
         if not self.noises:
             raise ValueError("mixtures need noises: {kind: {name: sound}}; received none")
@@ -231,18 +249,17 @@ class NoisySpeech(Dataset):
                 return found
 
     def _clean(self) -> Tensor:
-        "A piece of speech that isn't silent."
+        "A piece of speech that isn't silent, nor nearly all a pause."
         while True:
             clip = self.clips[_pick(len(self.clips))]
             found = piece(clip, self.n, _pick(max(len(clip) - self.n, 0) + 1))
-            if level(found) > 0.01 * level(clip):
+            if level(found) > 0.01 * level(clip) and spoken_seconds(found) >= self.spoken:
                 return found
 
     def __getitem__(self, i: int) -> Pair:
         if not 0 <= i < self.length:
             raise IndexError(f"sample {i} of {self.length}")
-        clean, noise = self._clean(), self._noise()
-        low, high = self.snr
+        clean, noise, (low, high) = self._clean(), self._noise(), self.snr
         return mix(clean, noise, low + (high - low) * float(torch.rand(()))), clean
 
 # %% ../../nbs/70_speech_data.ipynb #c781afdc

@@ -32,9 +32,10 @@ class Spectrum(nn.Module):
         self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        "(B, n) samples to a complex (B, F, T); T = n // hop + 1."
+        "(B, n) samples to a complex (B, F, T); T = ⌈n / hop⌉ + 1."
         if x.ndim != 2 or not x.is_floating_point():
             raise ValueError(f"a spectrum is made of samples (B, n); received {tuple(x.shape)} {x.dtype}")
+        x = nn.functional.pad(x, (0, -x.shape[-1] % self.hop))
         return torch.stft(x.float(), self.n_fft, self.hop, window=self.window, pad_mode="constant", return_complex=True)
 
     def inverse(self, spectrum: Tensor, length: int) -> Tensor:

@@ -19,26 +19,39 @@ from torch.nn import functional as F
 from ..data import describe
 
 # %% auto #0
-__all__ = ['STOI_RATE', 'FRAME', 'SEGMENT', 'CLIP', 'Columns', 'si_sdr', 'resampled', 'third_octaves', 'without_silence', 'stoi',
-           'per_file', 'column_means', 'write_csv', 'mean_table']
+__all__ = ['BOUND', 'STOI_RATE', 'FRAME', 'SEGMENT', 'CLIP', 'Columns', 'of_energy_one', 'si_sdr', 'resampled', 'third_octaves',
+           'without_silence', 'stoi', 'per_file', 'column_means', 'write_csv', 'mean_table']
 
 # %% ../../nbs/73_speech_metrics.ipynb #d9df5041
 def _signals(name: str, pred: Tensor, target: Tensor) -> None:
-    if pred.shape != target.shape or pred.ndim < 1 or not (pred.is_floating_point() and target.is_floating_point()):
+    floats = pred.is_floating_point() and target.is_floating_point()
+    if pred.shape != target.shape or pred.ndim < 1 or not pred.shape[-1] or not floats:
         raise ValueError(f"{name} compares signals (…, n) of one shape; received {describe(pred)} and {describe(target)}")
+
+
+def of_energy_one(x: Tensor) -> Tensor:
+    "Signals (…, n) without their means, divided by their norms as by constants; zeros where nothing but rounding is left."
+    rounding = 8 * torch.finfo(x.dtype).eps * x.detach().abs().amax(-1, keepdim=True)
+    x = x - x.mean(-1, keepdim=True)
+    peak = x.detach().abs().amax(-1, keepdim=True)  # first, since squares of small numbers are zero
+    x = x / torch.where(peak > rounding, peak, math.inf)
+    return x / x.detach().norm(dim=-1, keepdim=True).clamp_min(1.0)
+
+# %% ../../nbs/73_speech_metrics.ipynb #d2b9d855
+BOUND = 1e-10  # of the energy: SI-SDR is between ±100 dB
 
 
 def si_sdr(
     pred: Tensor,  # (…, n)
     target: Tensor,  # (…, n)
 ) -> Tensor:  # (…), in dB
-    "Scale-invariant signal-to-distortion ratio of each signal, with means taken off; can be trained on."
+    "Scale-invariant signal-to-distortion ratio of each signal, with means taken off; can be trained on. Of silence -100 dB."
     _signals("SI-SDR", pred, target)
     wide = torch.promote_types(pred.dtype, torch.float32)
-    p, t = (x.to(wide) - x.to(wide).mean(-1, keepdim=True) for x in (pred, target))
-    eps = torch.finfo(wide).eps
-    wanted = ((p * t).sum(-1, keepdim=True) + eps) / (t.square().sum(-1, keepdim=True) + eps) * t
-    return 10 * torch.log10((wanted.square().sum(-1) + eps) / ((wanted - p).square().sum(-1) + eps))
+    p, t = of_energy_one(pred.to(wide)), of_energy_one(target.to(wide))
+    wanted = (p * t).sum(-1, keepdim=True) * t
+    rest = torch.where((p == 0).all(-1), 1.0, (p - wanted).square().sum(-1))
+    return 10 * torch.log10((wanted.square().sum(-1) + BOUND) / (rest + BOUND))
 
 # %% ../../nbs/73_speech_metrics.ipynb #7781db38
 def resampled(
