@@ -67,7 +67,7 @@ def line(judges: dict[str, nn.Module], unseen: Kinds, translate) -> str:
         x, y = unseen[key]
         there = translate(x, to)
         read, taken, far = verdict(judges, to, there, y, unseen[to][0])
-        said.append(f"{key} as {to}: {read:.1%} read as before, {taken:.1%} taken for {to}, FID {far:.1f}")
+        said.append(f"{key} as {to}: {read:.1%} read as before, {taken:.1%} taken for {to}, FID {far:.2f}")
         apart.append((translate(there, key) - x).abs().mean().item())
     return "; ".join(said) + f"; there and back: {sum(apart) / 2:.3f} apart"
 

@@ -6,6 +6,8 @@ The same command again goes on with what it finds in the run's folder: after Ctr
     python examples/super_resolution.py srresnet --run runs/srresnet
     python examples/super_resolution.py srresnet --run runs/srgan --pretrained runs/srresnet --vgg vgg19-dcbb9e9d.pth
     python examples/super_resolution.py edsr --run runs/edsr --enlarge photo.jpg large.png
+
+What learns from pixels is judged by its best weights, SRGAN by its last.
 """
 
 import argparse
@@ -30,10 +32,10 @@ SHORT = {
     "scale": 2, "batch": 8, "patch": 24, "every": 200,
     "edsr": {"channels": 24, "blocks": 4, "loss": "mae", "rates": {0: 1e-3, 500: 5e-4, 800: 1e-4}, "steps": 1000},
     "wdsr": {"channels": 12, "blocks": 4, "loss": "mae", "rates": {0: 5e-3, 500: 2e-3, 700: 5e-4}, "steps": 800},
-    "srresnet": {"channels": 24, "blocks": 3, "loss": "mse", "rates": {0: 1e-3, 600: 5e-4, 800: 1e-4}, "steps": 900},
+    "srresnet": {"channels": 24, "blocks": 3, "loss": "mse", "rates": {0: 1e-3, 600: 5e-4, 800: 1e-4}, "steps": 1000},
     "gan": {"channels": 8, "hidden": 32, "adversarial": 1e-3, "rates": {0: 2e-4, 70: 5e-5}, "steps": 100, "every": 50},
 }  # fmt: skip
-FULL = {  # the papers' networks, with the steps and rates that krasserm's trainers give them
+FULL = {  # krasserm's networks, steps and rates; tried for some steps, not trained to the end
     "scale": 4, "batch": 16, "patch": 24, "every": 1000,
     "edsr": {"channels": 64, "blocks": 16, "loss": "mae", "rates": {0: 1e-4, 200_000: 5e-5}, "steps": 300_000},
     "wdsr": {"channels": 32, "blocks": 32, "loss": "mae", "rates": {0: 1e-3, 200_000: 5e-4}, "steps": 300_000},
@@ -73,15 +75,22 @@ def make(name: str, size: dict, seed: int, run: str | None) -> Learner:
                    save_every=size["every"], seed=seed)  # fmt: skip
 
 
-def make_gan(name: str, size: dict, seed: int, run: str | None, pretrained: str, vgg: str, layer: str) -> SRGANLearner:
+def content_by(vgg: str | None, looks: str | None, layer: str | None) -> dict:
+    "What must be kept: what VGG-19 sees, weighted as in the paper; or what the notebook's stand-in sees, and pixels."
+    if vgg:
+        return {"seen": (Perceptual(load_vgg(vgg, layer or "relu5_4")), 1 / 12.75**2)}
+    return {"seen": Perceptual(load_vgg(looks, layer or "relu3_2")), "pixels": ("l1", 10.0)}
+
+
+def make_gan(name: str, size: dict, seed: int, run: str | None, pretrained: str, content: dict) -> SRGANLearner:
     "The same one as SRGAN's generator, with weights that have learned from pixels."
     scale, (crops, pairs) = size["scale"], loaders(size)
     seed_everything(seed)
     gan, side = size["gan"], scale * size["patch"]
     return SRGANLearner(network(name, size), SRGANDiscriminator(side, gan["channels"], gan["hidden"]),
-                        (crops, DataLoader(pairs, 1)), {"seen": Perceptual(load_vgg(vgg, layer)), "pixels": ("l1", 1.0)},
-                        stepwise(gan["rates"]), adversarial=gan["adversarial"], pretrained={"generator": pretrained},
-                        metrics=[PSNR(scale, y=True)], run=run, save_every=gan["every"], seed=seed)  # fmt: skip
+                        (crops, DataLoader(pairs, 1)), content, stepwise(gan["rates"]), adversarial=gan["adversarial"],
+                        pretrained={"generator": pretrained}, metrics=[PSNR(scale, y=True)], run=run,
+                        save_every=gan["every"], seed=seed)  # fmt: skip
 
 
 def go_on(learn: Learner, steps: int, every: int) -> None:
@@ -123,12 +132,14 @@ if __name__ == "__main__":
     parser.add_argument("--run", help="folder for checkpoints, history and curves; without it nothing is written")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pretrained", metavar="PATH", help="train as SRGAN's generator, from this run or file of weights")
-    parser.add_argument("--vgg", metavar="PATH", help="weights of the network that looks; with --pretrained")
-    parser.add_argument("--layer", default="relu5_4", help="of that network")
+    sees = parser.add_mutually_exclusive_group()
+    sees.add_argument("--vgg", metavar="PATH", help="VGG-19's weights, for the paper's content loss; with --pretrained")
+    sees.add_argument("--looks", metavar="PATH", help="weights of the notebook's stand-in for it; with --pretrained")
+    parser.add_argument("--layer", help="whose maps are compared; relu5_4, or relu3_2 of the stand-in")
     parser.add_argument("--enlarge", nargs=2, metavar=("FROM", "TO"), help="then enlarge a picture")
     args = parser.parse_args()
-    if bool(args.pretrained) != bool(args.vgg):
-        parser.error("--pretrained and --vgg go together: SRGAN needs weights to begin with, and a network that looks")
+    if bool(args.pretrained) != bool(args.vgg or args.looks):
+        parser.error("--pretrained and --vgg or --looks go together: SRGAN needs weights to begin with, and a network that looks")
 
     torch.set_num_threads(1)
     size = dict(FULL if args.full else SHORT)
@@ -138,13 +149,14 @@ if __name__ == "__main__":
     if args.rates:
         size[recipe] = {**size[recipe], "rates": {int(step): float(rate) for step, rate in (r.split(":") for r in args.rates)}}
     if args.pretrained:
-        learn = make_gan(args.network, size, args.seed, args.run, args.pretrained, args.vgg, args.layer)
+        content = content_by(args.vgg, args.looks, args.layer)
+        learn = make_gan(args.network, size, args.seed, args.run, args.pretrained, content)
         model = learn.generator
     else:
         learn = make(args.network, size, args.seed, args.run)
         model = learn.model
     go_on(learn, args.steps or size[recipe]["steps"], every)
-    if args.run:
+    if args.run and not args.pretrained:
         print(f"best at step {learn.restore('best', only='weights').step}")
     print(said(model, size))
     if args.enlarge:

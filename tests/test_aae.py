@@ -1,13 +1,17 @@
 "The tutorial on adversarial autoencoders: its notebook and its script say the same, and what it claims holds."
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import nbformat
 import pytest
-from tutorials import pictures, shortened, text_of
+import torch
+from tutorials import cpu_minutes, pictures, shortened, table_of_lines, text_of
+
+from trainkit.datasets import mnist_5k
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK, SCRIPT = ROOT / "nbs/tutorials/09a_aae.ipynb", ROOT / "examples/aae.py"
@@ -47,14 +51,30 @@ def test_notebook_and_script_say_the_same(tmp_path):
     assert not [*tmp_path.iterdir()], "without --run nothing is written"
 
 
+def test_the_full_recipe():
+    "Some steps of it: shapes, settings and data fit together, and every weight of both autoencoders moves."
+    functions = runpy.run_path(str(SCRIPT))
+    digits = mnist_5k()[0][:400]
+    for learn in (functions[kind](digits, functions["FULL"], front="none") for kind in ("plain", "make")):
+        weights = [p for player in learn.players for p in player.parameters()]
+        before = [p.detach().clone() for p in weights]
+        learn.fit(steps=2)
+        assert all(p.isfinite().all() and not torch.equal(p, b) for p, b in zip(weights, before))
+
+
 def test_the_stored_notebook():
     "What a reader sees, and what the prose says of it."
     nb = nbformat.read(NOTEBOOK, as_version=4)
     said = text_of(nb)
     rows = table_of(said)
     check(rows)
-    _, fitted, adversarial = rows.values()
+    plain, fitted, adversarial = rows.values()
+    assert adversarial[0] < 1.1 * plain[0], "a few percent of the error"
     assert adversarial[2] < fitted[2] - 0.03 and fitted[3] < adversarial[3], "fits better, and yet is farther from digits"
     drawn, rewritten, before = (float(n) for n in re.search(ASKED, said).groups())
     assert drawn > 80 and rewritten > 80 and before < 10 and float(re.search(r"drawn: FID ([\d.]+)", said)[1]) < fitted[3]
-    assert pictures(nb) >= 4 and NOTEBOOK.stat().st_size < 400_000
+    lines = table_of_lines(nb)
+    assert lines["losses"][:2] == [0, 0] and lines["networks"][0] > 0
+    ours, theirs = (sum(lines[part][i] for part in ("imports", "data", "training")) for i in (0, 2))
+    assert ours < theirs, "less is written in what is left, too"
+    assert pictures(nb) >= 4 and NOTEBOOK.stat().st_size < 400_000 and cpu_minutes(nb) < 1.5

@@ -1,12 +1,14 @@
 "The classification tutorial: its notebook and its script say the same, and what its stored table claims holds."
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import nbformat
-from tutorials import pictures, shortened, text_of
+import torch
+from tutorials import cpu_minutes, pictures, shortened, text_of
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK, SCRIPT = ROOT / "nbs/tutorials/06_digits.ipynb", ROOT / "examples/digits.py"
@@ -38,6 +40,15 @@ def test_less_sure_with_mixup_and_smoothing(tmp_path):
     assert not [*tmp_path.iterdir()], "without --run nothing is written"
 
 
+def test_the_full_recipe():
+    "Two steps of it: shapes, settings and data fit together, and every weight moves."
+    functions = runpy.run_path(str(SCRIPT))
+    learn = functions["make"](functions["FULL"]["width"], 0, 0.01, 0.0, 0.0)
+    before = [p.detach().clone() for p in learn.model.parameters()]
+    learn.fit(steps=2)
+    assert all(p.isfinite().all() and not torch.equal(p, b) for p, b in zip(learn.model.parameters(), before))
+
+
 def test_the_stored_notebook():
     "What a reader sees: a good classifier, and a table from which the sentence below it follows."
     nb = nbformat.read(NOTEBOOK, as_version=4)
@@ -50,4 +61,4 @@ def test_the_stored_notebook():
         assert 0 < error < 4 and spread < 1 and loss < 0.5
         assert (sure < 100 - error - 2) == (loss > 1.2 * rows["plain"][2]), "less sure than right, and a higher loss"
     assert abs(rows["plain"][4] - (100 - rows["plain"][0])) < 1 and said.count(", not clear\n") == 2
-    assert pictures(nb) >= 5 and NOTEBOOK.stat().st_size < 300_000
+    assert pictures(nb) >= 5 and NOTEBOOK.stat().st_size < 300_000 and cpu_minutes(nb) < 1.5

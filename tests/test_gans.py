@@ -4,8 +4,6 @@ import base64
 import io
 import re
 import runpy
-import shutil
-import subprocess
 from pathlib import Path
 
 import nbformat
@@ -14,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
+from tutorials import counted_cells, cpu_minutes, lines_of, text_of
 from tutorials import shortened as run_shortened
-from tutorials import text_of
 
 from trainkit.datasets import mnist_5k
 from trainkit.gan import judge as judges
@@ -25,7 +23,7 @@ NOTEBOOK, SCRIPT = ROOT / "nbs/tutorials/07_gans.ipynb", ROOT / "examples/gans.p
 SHORTER = {
     '"fakes": 1000, "seeds": (0, 1)': '"fakes": 300, "seeds": (0,)',
     '"steps": {"DCGAN": 600, "cGAN": 400, "ACGAN": 300, "BGAN": 600}}\nFULL':
-        '"steps": {"DCGAN": 40, "cGAN": 100, "ACGAN": 130, "BGAN": 12}}\nFULL',
+        '"steps": {"DCGAN": 40, "cGAN": 100, "ACGAN": 130, "BGAN": 40}}\nFULL',
     "conditional.sample(200, ": "conditional.sample(20, ",
     "judge = digits_judge()": "from trainkit.gan.judge import train_judge\n"
                               "judge = train_judge(images[:1500], labels[:1500], epochs=3)",
@@ -33,7 +31,6 @@ SHORTER = {
 GANS, LABELLED = ["DCGAN", "cGAN", "ACGAN", "BGAN"], ("cGAN", "ACGAN")
 SCORED = re.compile(r"^ *(real digits|DCGAN|cGAN|ACGAN|BGAN) +(\d?) +(\d+\.\d+) +(\d+) +(\d+\.\d+)$", re.MULTILINE)
 COUNTED = re.compile(r"^([a-zA-Z][a-zA-Z ]*?) +(\d+) +(\d+) +(\d+|-) +(\d+|-) *$", re.MULTILINE)
-MARK = "# counts as: "
 
 
 def outputs(nb: nbformat.NotebookNode, kind: str) -> list[str]:
@@ -76,13 +73,12 @@ def test_they_draw_what_was_asked_for(shortened):
     rows = scored(text_of(shortened))
     assert list(rows) == [("real digits", ""), *((name, "0") for name in GANS)]
     assert rows["real digits", ""][2] > 85, "a judge of 1500 digits, for quickness; two seeds of it gave 92 and 93"
-    for name in GANS:
-        score, digits, asked = rows[name, "0"]
-        assert 1 <= score <= 10 and 1 <= digits <= 10
-        if name not in LABELLED:
-            assert 4 < asked < 16, (name, "nobody told it what to draw: a tenth, within three and a half standard errors of 300")
-    assert rows["cGAN", "0"][2] > 30, "four seeds gave 47 to 59, by a judge of 4000 digits"
-    assert rows["ACGAN", "0"][2] > 17, "three seeds gave 24 to 58"
+    for name in set(GANS) - {*LABELLED}:
+        assert 4 < rows[name, "0"][2] < 16, (name, "nobody told it what to draw: a tenth, give or take 3.5 standard errors")
+    score, digits, asked = rows["cGAN", "0"]  # three seeds gave 1.35 to 1.51, 6 to 7, 36 to 48; with shuffled labels 1.12, 5, 14
+    assert score > 1.2 and digits > 3 and asked > 27
+    score, digits, asked = rows["ACGAN", "0"]  # three seeds gave 1.21 to 1.50, 6 to 9, 45 to 66; with shuffled labels 1.06, 2, 12
+    assert score > 1.12 and digits > 3 and asked > 27
 
 
 def test_a_discriminator_that_reads_helps(shortened):
@@ -95,11 +91,12 @@ def test_the_script_says_the_same(shortened, monkeypatch, capsys, tmp_path):
     images, labels = mnist_5k(size=32)
     monkeypatch.setattr(judges, "digits_judge", lambda: judges.train_judge(images[:1500], labels[:1500], epochs=3))
     picture, film = tmp_path / "2026.png", tmp_path / "film.gif"
-    args = "--gan bgan --steps 12 --fakes 300 --digits 2026 --draw".split() + [str(picture), "--movie", str(film)]
+    args = "--gan bgan --steps 40 --fakes 300 --digits 2026 --draw".split() + [str(picture), "--movie", str(film)]
     said = script(*args, monkeypatch=monkeypatch, capsys=capsys)
     score, digits, asked = re.search(r"BGAN, seed 0: classifier score ([\d.]+), digits (\d+), as asked ([\d.]+) %", said).groups()
     assert (float(score), int(digits), float(asked)) == scored(text_of(shortened))["BGAN", "0"]
     assert Image.open(picture).size == (4 * 34 + 2, 36) and Image.open(film).n_frames >= 2
+    assert np.asarray(Image.open(picture).convert("L"))[2:34, 2:34].mean() < 115, "it has begun to paint black: untrained 127"
     with pytest.raises(SystemExit):
         script("--digits", "20x6", monkeypatch=monkeypatch, capsys=capsys)
     assert "--digits takes digits; received '20x6'" in capsys.readouterr().err
@@ -116,10 +113,23 @@ def test_boundary_seeking_is_the_papers_loss():
     assert torch.allclose(loss.discriminator(real, fake), expected)
 
 
+@pytest.mark.parametrize("kind", ["dcgan", "cgan", "acgan", "bgan"])
+def test_the_full_recipe(kind):
+    "Two steps of it: shapes, settings and data fit together, and every weight of the generator moves."
+    functions = runpy.run_path(str(SCRIPT))
+    gan = functions["make"](kind, functions["FULL"]["width"], seed=0, front="none")
+    before = [p.detach().clone() for p in gan.generator.parameters()]
+    gan.fit(steps=2)
+    after = [*gan.generator.parameters()]
+    assert all(p.isfinite().all() and not torch.equal(p, b) for p, b in zip(after, before))
+    assert gan.sample(3, labels=None if gan.labels == "none" else 7).shape == (3, 1, 32, 32)
+
+
 def test_what_the_movie_shows(shortened):
     frames = movie_of(shortened)
     assert len(frames) >= 2
-    assert np.abs(frames[-1] - frames[0]).mean() > 20, "grey at first, black with white strokes in the end"
+    darker = frames[0].mean() - frames[-1].mean()
+    assert darker > 20, "grey at first, darker then: by 40 for each of three seeds, and by -11 if its loss has the wrong sign"
     steps = [int(step) for step in re.search(r"after steps ([\d ]+)", text_of(shortened))[1].split()]
     assert steps[0] == 0 and steps[-1] == 40 and steps == sorted(set(steps))
 
@@ -133,25 +143,15 @@ def test_lines_are_counted_by_the_rule(shortened, stored):
     "Counted anew, in another way; and the table of the stored notebook is the one that a run gives."
     table = counted(text_of(stored))
     assert table == counted(text_of(shortened))
-    cells = {c.source.splitlines()[0].removeprefix(MARK): c.source for c in stored.cells if c.source.startswith(MARK)}
+    cells = counted_cells(stored)
     total = table.pop("all that both have")
     assert list(cells) == list(table)
     for part, source in cells.items():
-        assert table[part][0] == sum(bool(line.strip()) and not line.strip().startswith("#") for line in source.splitlines())
+        assert table[part][0] == lines_of(source)
         assert table[part][1] > table[part][0]
     both = [row for row in table.values() if None not in row]
     assert total == [sum(column) for column in zip(*both)] and len(both) == len(table) - 1
     assert all(row[0] <= row[2] and row[1] <= row[3] for row in both), "as the text says: no part takes more"
-
-
-def test_counted_cells_are_formatted_as_torchgans(stored):
-    "Lines are comparable only if the same formatter breaks them at the same width."
-    ruff = shutil.which("ruff") or ROOT / ".venv/bin/ruff"
-    for cell in stored.cells:
-        if cell.source.startswith(MARK):
-            command = [ruff, "format", "--isolated", "--line-length", "88", "--stdin-filename", "cell.py", "-"]
-            done = subprocess.run(command, input=cell.source + "\n", capture_output=True, text=True, check=True)
-            assert done.stdout.strip() == cell.source.strip()
 
 
 def test_the_stored_notebook(stored):
@@ -172,4 +172,4 @@ def test_the_stored_notebook(stored):
     total = counted(said)["all that both have"]
     assert total[0] < 0.3 * total[2] and total[1] < 0.5 * total[3]
     assert len(movie_of(stored)) >= 5 and len(outputs(stored, "image/png")) >= 8
-    assert NOTEBOOK.stat().st_size < 400_000
+    assert NOTEBOOK.stat().st_size < 400_000 and cpu_minutes(stored) < 4
