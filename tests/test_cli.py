@@ -3,12 +3,17 @@
 import contextlib
 import io
 import json
+import math
 import os
+import re
+import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -16,7 +21,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from trainkit.cli import main
+from trainkit.cli import app, main
 from trainkit.history import History
 from trainkit.learner import Learner
 from trainkit.optim import OptimBuilder
@@ -103,7 +108,7 @@ def test_compare_and_its_picture(project):
     assert np.asarray(Image.open(project / "both.png").convert("L")).std() > 5
     lines = here("compare", "slow", "quick", "--json", cwd=project).stdout.splitlines()
     rows = {row["name"]: row["values"] for row in map(json.loads, lines)}
-    assert rows["model/lr"] == [0.01, 0.1] and rows["step"] == [6, 9]
+    assert rows["model/lr"] == [0.01, 0.1] and rows["step"] == [6, 9] and rows["name"] == ["slow", "quick"]
     assert rows["valid/loss"][0]["last"] > rows["valid/loss"][1]["last"]
 
 
@@ -114,7 +119,11 @@ def test_control_is_the_other_command_line(project):
     assert (mine.returncode, mine.stdout) == (other.returncode, other.stdout) and "finished" in mine.stdout
     absent = call("control", "quick", "set", "lr=1e-4", "--timeout", "3", cwd=project)
     assert absent.returncode == 3 and absent.stderr
-    assert "pause" in call("control", "--help").stdout
+    text = call("control", "--help").stdout
+    assert "pause" in text and text.startswith("usage: trainkit control [-h] RUN COMMAND")
+    assert call("control", "quick", "pause", "--help", cwd=project).stdout.startswith("usage: trainkit control RUN pause")
+    wrong = call("control", "quick", "puase", cwd=project)
+    assert wrong.returncode == 2 and "usage: trainkit control" in wrong.stderr
 
 
 # ---- run
@@ -160,7 +169,64 @@ def test_a_notebook_runs_in_its_folder(tmp_path):
     nbformat.write(new_notebook(cells=[new_code_cell("1 / 0")], metadata=kernel), tmp_path / "bad.ipynb")
     failed = here("run", "bad.ipynb", cwd=tmp_path)
     assert failed.returncode == 1 and "ZeroDivisionError" in failed.stderr
+    assert "bad.ipynb: a cell failed" in failed.stderr and "\x1b" not in failed.stderr
     assert here("run", "bad.ipynb", "--epochs", "3", cwd=tmp_path).returncode == 2
+
+
+def notebook(path, *cells, kernel="python3"):
+    import nbformat
+    from nbformat.v4 import new_code_cell, new_notebook
+    spec = {"kernelspec": {"name": kernel, "display_name": kernel}}
+    nbformat.write(new_notebook(cells=[new_code_cell(c) for c in cells], metadata=spec), path)
+
+
+def test_a_notebook_is_heard_while_it_runs_and_interrupted_as_a_script(tmp_path):
+    "Its first cell ends only after what it printed was read here; what follows an interrupted cell doesn't run."
+    wait = "import os, time\nprint('ready', flush=True)\nwhile not os.path.exists('go'): time.sleep(0.05)\nprint('gone on')"
+    shown = "from IPython.display import display\nh = display('first', display_id=True)\nprint('between')\nh.update('last')"
+    where = "from trainkit.environment import where\nprint(where(), os.environ['JPY_SESSION_NAME'])"
+    loop = "print('looping', flush=True)\nwhile True: time.sleep(0.05)"
+    notebook(tmp_path / "a.ipynb", wait, shown, where, loop, "open('after', 'w')")
+    env = {k: v for k, v in os.environ.items() if k != "TRAINKIT_WHERE"} | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-m", "trainkit", "run", "a.ipynb"], cwd=tmp_path, env=env, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    try:
+        assert process.stdout.readline() == "ready\n"
+        (tmp_path / "go").touch()
+        lines = [process.stdout.readline() for _ in range(5)]
+        assert lines == ["gone on\n", "between\n", "'last'\n", f"script {tmp_path / 'a.ipynb'}\n", "looping\n"]
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and out == "" and not (tmp_path / "after").exists()
+    assert "KeyboardInterrupt" in err and err.endswith("a.ipynb: interrupted\n") and "nbclient" not in err
+
+
+@pytest.mark.parametrize("text,said", [("{", "is no notebook"), ("[1]", "is no notebook"), (None, "isn't installed; there are")])
+def test_what_is_no_notebook_or_has_no_kernel_is_said(tmp_path, text, said):
+    file = tmp_path / "a.ipynb"
+    if text is None: notebook(file, "1", kernel="cobol")
+    else: file.write_text(text)
+    done = here("run", "a.ipynb", cwd=tmp_path)
+    assert done.returncode == 2 and said in done.stderr and "a.ipynb" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_json_is_json_where_numbers_are_none(tmp_path):
+    for name, last in (("a", math.nan), ("b", math.inf)):
+        history = History(tmp_path / "runs" / name / "history.jsonl")
+        for step, value in enumerate([1.0, last]): history.add("valid/loss", value, step)
+        for series in ("valid/gizmo", "train/loss"): history.add(series, last, 1)
+        history.close()
+
+    def strict(words):
+        def refused(word): pytest.fail(f"{words[0]} prints {word}")
+        return [json.loads(line, parse_constant=refused) for line in here(*words, "--json", cwd=tmp_path).stdout.splitlines()]
+    assert [row["best"] for row in strict(["runs"])] == [None, None]
+    shown, = strict(["show", "a"])
+    assert shown["series"]["valid/loss"] == {"last": None, "best": 1.0, "step": 0}
+    rows = {row["name"]: row["values"] for row in strict(["compare", "a", "b"])}
+    assert rows["valid/gizmo"] == [{"last": None, "best": None, "step": None}] * 2
 
 
 def learner(opt="adam", **kw):
@@ -212,7 +278,15 @@ def test_weights_are_given_away(project):
     assert found.keys() == weights.keys() and all(torch.equal(found[name], weights[name]) for name in found)
 
 
-@pytest.mark.parametrize("to,suffix", [("torchscript", "ts"), ("pt2", "pt2")])
+def by_onnx(file):
+    import onnx
+    from onnx.reference import ReferenceEvaluator
+    onnx.checker.check_model(onnx.load(file), full_check=True)
+    found = ReferenceEvaluator(str(file))
+    return lambda x: torch.from_numpy(found.run(None, {found.input_names[0]: x.numpy()})[0])
+
+
+@pytest.mark.parametrize("to,suffix", [("torchscript", "ts"), ("pt2", "pt2"), ("onnx", "onnx")])
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_a_model_goes_with_its_code(project, to, suffix, monkeypatch):
     from trainkit.travel import read_weights
@@ -225,7 +299,8 @@ def test_a_model_goes_with_its_code(project, to, suffix, monkeypatch):
     done = export("--model", "nets.py:net", "--input", "4,3")
     assert done.returncode == 0, done.stderr
     file, weights = project / "deep" / f"a.{suffix}", read_weights(project / "runs" / "quick")
-    module = torch.jit.load(str(file)) if to == "torchscript" else torch.export.load(file).module()
+    read = {"torchscript": lambda file: torch.jit.load(str(file)), "pt2": lambda file: torch.export.load(file).module()}
+    module = read.get(to, by_onnx)(file)
     expected = X @ weights["weight"].T + weights["bias"]
     torch.testing.assert_close(module(X), expected)  # another number of rows than it was written with
     assert export("--model", "nets:net", "--input", "4,3").returncode == 0 and sys.path == path, "by the name of a module, too"
@@ -256,6 +331,19 @@ def test_a_module_that_draws_is_not_given_away(project):
     assert done.returncode and "gives other numbers" in done.stderr and not [*project.glob("*odd.ts*")]
 
 
+def test_an_onnx_file_is_run_before_it_is_given_away(project, monkeypatch):
+    from onnx.reference import ReferenceEvaluator
+    (project / "nets.py").write_text("from torch import nn\ndef net(): return nn.Linear(3, 1)\n")
+    words = ("export", "quick", "--to", "onnx", "--out", "run.onnx", "--model", "nets.py:net", "--input", "4,3")
+    monkeypatch.setattr(ReferenceEvaluator, "run", lambda self, names, given: [np.zeros((4, 1), np.float32)])
+    done = here(*words, cwd=project)
+    assert done.returncode == 2 and "gives other numbers" in done.stderr and not [*project.glob("*run.onnx*")]
+    monkeypatch.setattr(ReferenceEvaluator, "run", lambda self, names, given: 1 / 0)
+    with pytest.warns(UserWarning, match="run.onnx is not checked, nothing here runs it: ReferenceEvaluator: division by zero"):
+        assert here(*words, cwd=project).returncode == 0
+    assert (project / "run.onnx").exists()
+
+
 def test_a_checkpoint_that_is_not_there(project):
     done = here("export", "quick", "--to", "safetensors", "--checkpoint", "777", cwd=project)
     assert done.returncode and "777" in done.stderr
@@ -275,6 +363,8 @@ def test_a_new_project_trains_and_its_test_passes(tmp_path):
     tested = subprocess.run([sys.executable, "-m", "pytest", "-q"], cwd=folder, capture_output=True, text=True,
                             env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
     assert tested.returncode == 0 and "1 passed" in tested.stdout, tested.stdout + tested.stderr
+    more = call("run", "train.py", "--resume", "--epochs", "2", cwd=folder)
+    assert more.returncode == 0 and "epoch 8, finished" in more.stdout, more.stderr
     again = here("new", "two-spirals", cwd=tmp_path)
     assert again.returncode == 2 and "isn't empty" in again.stderr
     assert here("new", "class", cwd=tmp_path).returncode == 2 and not (tmp_path / "class").exists()
@@ -284,22 +374,76 @@ def test_the_new_projects_module_is_what_its_notebook_exports(tmp_path):
     here("new", "two-spirals", cwd=tmp_path)
     folder = tmp_path / "two-spirals"
     before = (folder / "two_spirals" / "core.py").read_text()
-    env = {k: v for k, v in os.environ.items() if k != "IN_TEST"} | {"PYTHONPATH": str(ROOT), "XDG_CONFIG_HOME": str(tmp_path)}
-    code = "from nbdev.doclinks import nbdev_export; nbdev_export()"
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
+    in_nbdev("from nbdev.doclinks import nbdev_export; nbdev_export()", folder, tmp_path)
     assert (folder / "two_spirals" / "core.py").read_text() == before
     assert not [p for p in folder.iterdir() if p.suffix == ".py" and p.name != "train.py"]
 
 
-def test_the_new_projects_notebook_runs(tmp_path):
-    here("new", "a", cwd=tmp_path)
-    done = call("run", "--set", "front=none", "nbs/00_core.ipynb", cwd=tmp_path / "a", IN_TEST="1",
-                PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path / 'a'}")  # fmt: skip
-    assert done.returncode == 0 and "valid/loss" in done.stdout, done.stderr
+@pytest.mark.parametrize("name,owner", [
+    ("click", "the installed package click"), ("sympy", "the installed package sympy"), ("Typing_Extensions", "typing"),
+    ("torchgen", "the module "), ("json", "Python's own library"), ("lambda", "Python"), ("torch", "the project")])  # fmt: skip
+def test_a_name_that_somebody_has_is_refused(tmp_path, name, owner):
+    "In the project's folder, it would be imported in their place."
+    done = here("new", name, cwd=tmp_path)
+    assert done.returncode == 2 and "is taken by" in done.stderr and owner in done.stderr and not [*tmp_path.iterdir()]
+
+
+def test_a_folder_beside_it_has_no_name(tmp_path):
+    "What lies in the working folder is no reason to refuse a name; a folder that isn't empty is."
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "__init__.py").touch()
+    again = call("new", "mine", cwd=tmp_path)
+    assert again.returncode == 2 and "isn't empty" in again.stderr and "taken" not in again.stderr
+    assert call("new", "deep/mine", cwd=tmp_path).returncode == 0
+
+
+def in_nbdev(code, folder, home):
+    env = {k: v for k, v in os.environ.items() if k != "IN_TEST"} | {"PYTHONPATH": str(ROOT), "XDG_CONFIG_HOME": str(home)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+
+
+def test_cells_become_a_script_and_cells_again_and_train_the_same_weights(tmp_path):
+    "The notebook, and the script that uses what nbdev exports of it; then a change of the module goes back to the cells."
+    from trainkit.travel import read_weights
+    here("new", "both", cwd=tmp_path)
+    folder = tmp_path / "both"
+    book, module = folder / "nbs" / "00_core.ipynb", folder / "both" / "core.py"
+
+    def trained(*words):
+        path = f"{ROOT}{os.pathsep}{folder}"
+        done = call("run", "--set", "trainkit.front=none", *words, cwd=folder, PYTHONPATH=path, IN_TEST="1")
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    export = "from nbdev.doclinks import nbdev_export; nbdev_export()"
+    in_nbdev(export, folder, tmp_path)
+    (folder / "nbs" / "kept.ipynb").write_text(book.read_text().replace("run=None", "run='kept'"))
+    assert "valid/loss" in trained("nbs/kept.ipynb")
+    trained("train.py", "--epochs", "3", "--run", "script")
+    cells, script = read_weights(folder / "nbs" / "runs" / "kept"), read_weights(folder / "runs" / "script")
+    assert len(cells) == 6 and cells.keys() == script.keys() and all(torch.equal(cells[name], script[name]) for name in cells)
+    (folder / "nbs" / "kept.ipynb").unlink()
+    module.write_text(module.read_text().replace("lr=3e-3", "lr=1e-3"))
+    changed = module.read_text()
+    in_nbdev("from nbdev.sync import nbdev_update; nbdev_update()", folder, tmp_path)
+    assert "lr=1e-3" in book.read_text() and "lr=3e-3" not in book.read_text()
+    in_nbdev(export, folder, tmp_path)
+    assert module.read_text() == changed
 
 
 # ---- the line itself
+
+def test_the_page_says_what_the_line_accepts():
+    "Every command on the how-to is one, with options that are there."
+    page = (ROOT / "docs" / "howto" / "command-line.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```sh\n(.*?)^```$", page, re.M | re.S)
+    said = [line.partition(" #")[0] for block in blocks for line in block.splitlines()]
+    lines = [shlex.split(line)[1:] for line in said if line.startswith("trainkit ")]
+    for name, *words in lines: app().commands[name].make_context(name, words).close()
+    assert {name for name, *_ in lines} | {"completion"} == {*app().commands}
+    with pytest.raises(click.UsageError): app().commands["show"].make_context("show", ["first", "--jsonn"])
+
 
 def test_help_names_every_command():
     text = call("--help").stdout
@@ -323,6 +467,23 @@ def test_names_of_runs_are_completed(project):
                                       COMP_CWORD=str(len(words))).stdout.split()
     assert complete("show", "sl") == ["plain,slow"] and complete("sho") == ["plain,show"]
     assert "plain,quick" in complete("compare", "slow", "q")
+
+
+def test_bash_completes(project, tmp_path):
+    "What a shell makes of it: the script is sourced, and asked as readline asks."
+    (program := tmp_path / "trainkit").write_text(f"#!/bin/sh\nexec {shlex.quote(sys.executable)} -m trainkit \"$@\"\n")
+    program.chmod(0o755)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+
+    def complete(*words):
+        line = " ".join(map(shlex.quote, ["trainkit", *words]))
+        ask = (f'eval "$(trainkit completion bash)"; COMP_WORDS=({line}); COMP_CWORD={len(words)}; '
+               '$(complete -p trainkit | sed "s/.*-F \\([^ ]*\\).*/\\1/") trainkit; printf "%s\\n" "${COMPREPLY[@]}"')
+        done = subprocess.run(["bash", "-c", ask], cwd=project, capture_output=True, text=True, env=env, timeout=120)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+        return done.stdout.split()
+    assert complete("show", "sl") == ["slow"] and complete("export", "slow", "--to", "to") == ["torchscript"]
+    assert complete("co") == ["compare", "completion", "control"] or {*complete("co")} == {"compare", "completion", "control"}
 
 
 def test_without_click_it_says_what_is_missing():

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from trainkit import provenance
-from trainkit.compare import Outcome, as_run, best_of_row, compare, diff, differing, means, outcome
+from trainkit.compare import Outcome, as_run, best_of_row, compare, diff, differing, labels, means, outcome
 from trainkit.history import History
 from trainkit.learner import Learner
 from trainkit.optim import OptimBuilder
@@ -272,3 +272,26 @@ def test_pyplot_is_not_loaded(folder):
             "found.plot(); assert 'matplotlib.pyplot' not in sys.modules; "
             "found.compare(); assert 'pandas' not in sys.modules")  # fmt: skip
     subprocess.run([sys.executable, "-c", code, str(folder)], check=True)
+
+
+# ---- names
+
+def test_runs_of_the_same_name_are_told_apart_by_their_folders(tmp_path):
+    for place in ("one/exp", "two/exp", "two/other"): learner(tmp_path / place).fit(1)
+    found = compare(tmp_path / "one" / "exp", tmp_path / "two" / "exp", tmp_path / "two" / "other")
+    assert found.names == ["one/exp", "two/exp", "other"] == [*found.to_frame().index]
+    assert repr(found).splitlines()[0].split() == found.names and all(f">{name}<" in found._repr_html_() for name in found.names)
+    figure = plot_runs(tmp_path / "one" / "exp", tmp_path / "two" / "exp")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one/exp", "two/exp"]
+
+
+paths = st.lists(st.sampled_from("ab"), min_size=1, max_size=4).map("/".join)
+
+
+@given(st.lists(paths, min_size=1, max_size=5, unique=True))
+@settings(max_examples=150, deadline=None)
+def test_labels_tell_runs_apart_and_end_with_their_names(found):
+    some = [Run(Path(path).name, Path("/root", path)) for path in found]
+    told = labels(some)
+    assert all(f"/root/{path}".endswith(label) for path, label in zip(found, told))
+    assert all(Path(label).name == run.name for label, run in zip(told, some)) and len({*told}) == len(told)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from trainkit.identity import changes, digest_of
+from trainkit.identity import architecture_of, changes, digest_of
 from trainkit.learner import Learner
 from trainkit.state import RestoreError
 
@@ -94,3 +94,47 @@ def test_only_the_weights(run):
 def test_a_refusal_names_the_choices(run):
     with pytest.raises(RestoreError, match="only='weights'"):
         learner(run, model=Net(2)).restore()
+
+
+def built(*parts, **kw):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), *parts, nn.Linear(4, 1), **kw)
+
+
+@pytest.mark.parametrize("one,other", [(nn.ReLU(), nn.Tanh()), (nn.Dropout(0.1), nn.Dropout(0.2)), (nn.ReLU(), nn.Identity())])
+def test_an_activation_that_was_exchanged_is_said(tmp_path, one, other):
+    "The tensors are the same, and there is no code of one's own."
+    learner(tmp_path / "run", model=built(one)).fit(epochs=1)
+    with pytest.warns(UserWarning, match="since the checkpoint was made: model is built otherwise"):
+        learner(tmp_path / "run", model=built(other)).restore()
+
+
+def test_what_is_held_at_another_address_is_no_other_architecture(tmp_path):
+    class Held(nn.Linear):
+        def __init__(self): super().__init__(3, 1); self.f = lambda x: x
+        def extra_repr(self): return f"f={self.f}, at={object()}"
+
+    assert architecture_of(Held()) == architecture_of(Held()) != architecture_of(nn.Linear(3, 1))
+    learner(tmp_path / "run", model=Held()).fit(epochs=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        learner(tmp_path / "run", model=Held()).restore()
+
+
+def test_an_architecture_that_nobody_knows_is_passed_over():
+    "A checkpoint of an older version has none, nor has a module that waits for its first batch, or can't be printed."
+    class Mute(nn.Linear):
+        def extra_repr(self): raise ZeroDivisionError
+
+    assert architecture_of(nn.LazyLinear(3)) == architecture_of(Mute(3, 1)) == ""
+    assert changes({"code": {}}, {"code": {}, "architecture": {"model": "x"}}) == []
+    assert changes({"architecture": {"model": "x"}}, {"architecture": {}}) == []
+    assert changes({"architecture": {"model": "x"}}, {"architecture": {"model": "y"}}) == ["model is built otherwise"]
+
+
+def test_a_wrapper_is_no_other_architecture():
+    net = built(nn.ReLU())
+    assert architecture_of(net) == architecture_of(nn.DataParallel(net)) == architecture_of(net.eval().requires_grad_(False))
+    untied, tied = (nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)) for _ in range(2))
+    tied[1].weight = tied[0].weight
+    assert len({architecture_of(m) for m in (net, built(nn.ReLU()).double(), untied, tied)}) == 4

@@ -1,5 +1,6 @@
 "What a run was made with: what the file says, when it is written, and that writing it changes nothing."
 
+import importlib.metadata
 import json
 import random
 import subprocess
@@ -16,11 +17,23 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 from ways import same_weights
 
 from trainkit import provenance
-from trainkit.callback import On
+from trainkit.callback import Callback, On
 from trainkit.learner import Learner
 from trainkit.optim import OptimBuilder
 from trainkit.player import Player
-from trainkit.provenance import WHOLE, code_here, content_of, git, record_of, repository_of, versions
+from trainkit.provenance import (
+    WHOLE,
+    as_plain,
+    code_here,
+    content_of,
+    digest,
+    git,
+    installed,
+    record_of,
+    repository_of,
+    versions,
+    without_secrets,
+)
 from trainkit.runs import runs, sessions_of
 
 X = torch.randn(24, 3, generator=torch.Generator().manual_seed(0))
@@ -246,13 +259,66 @@ def test_the_program_and_its_own_repository(repository, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     said = subprocess.run([sys.executable, folder / "train.py"], cwd=elsewhere, capture_output=True, text=True, check=True)
     found = json.loads(said.stdout)
-    assert found["program"] == {"file": "train.py"} and found["git"]["branch"] == "main"
+    assert found["program"] == {"file": "train.py", "code": digest((folder / "train.py").read_bytes())}
+    assert found["git"]["branch"] == "main"
+
+
+@pytest.mark.parametrize("name", ["GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_DIFF_OPTS", "GIT_EXTERNAL_DIFF"])
+def test_the_folder_says_which_repository_and_nobody_else(repository, tmp_path_factory, monkeypatch, name):
+    folder, _ = repository
+    other = tmp_path_factory.mktemp("other")
+    subprocess.run(["git", "init", "-b", "wrong", other], capture_output=True, check=True)
+    (folder / "a.py").write_text("2")
+    found = repository_of(folder)
+    value = {"GIT_DIR": other / ".git", "GIT_WORK_TREE": other, "GIT_INDEX_FILE": other / "index", "GIT_DIFF_OPTS": "-u0"}
+    monkeypatch.setenv(name, str(value.get(name, "echo")))
+    assert found["branch"] == "main" and "changes" in found and repository_of(folder) == found
+    assert repository_of(other.parent) == {}
+
+
+@pytest.mark.parametrize("line", ["color.ui always", "diff.external echo", "core.abbrev 5"])
+def test_a_persons_configuration_makes_no_other_diff(repository, line):
+    folder, do = repository
+    (folder / ".gitattributes").write_text("*.py diff=loud")
+    (folder / "a.py").write_text("2")
+    found = repository_of(folder)
+    do("config", *line.split(" "))
+    do("config", "diff.loud.textconv", "echo")
+    assert "changes" in found and repository_of(folder) == found
+
+
+def test_a_diff_that_fails_has_no_digest(repository, monkeypatch):
+    folder, _ = repository
+    (folder / "a.py").write_text("2")
+    monkeypatch.setattr(provenance, "git", lambda folder, *words, git=git: git(folder, *words) if words[0] != "diff" else b"")
+    assert {**repository_of(folder), "commit": ""} == {"commit": "", "branch": "main", "dirty": True, "changed files": 1}
+
+
+def test_the_changes_of_a_picture_count(repository):
+    folder, do = repository
+    (folder / "a.png").write_bytes(b"\0one")
+    do("add", "a.png")
+    do("commit", "-m", "two")
+    seen = []
+    for content in b"\0two", b"\0six":
+        (folder / "a.png").write_bytes(content)
+        seen.append(repository_of(folder)["changes"])
+    assert seen[0] != seen[1]
 
 
 def test_the_notebook_as_its_server_calls_it(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "ipykernel", object())
     monkeypatch.setenv("JPY_SESSION_NAME", str(tmp_path / "digits.ipynb"))
-    assert code_here()["program"] == {"file": "digits.ipynb"}
+    assert code_here()["program"] == {"file": "digits.ipynb"}  # which isn't there
+    cells = [{"cell_type": "code", "source": ["a = 1\n", "b"], "outputs": [1]}, {"cell_type": "markdown", "source": "why"}]
+
+    def digest_with(cells):
+        (tmp_path / "digits.ipynb").write_text(json.dumps({"cells": cells}))
+        return code_here()["program"]["code"]
+
+    first = digest_with(cells)
+    assert first == digest_with([cells[0] | {"source": "a = 1\nb", "outputs": []}, cells[1] | {"source": "because"}])
+    assert len({first, digest_with(cells[1:]), digest_with([cells[0] | {"source": "a = 2"}])}) == 3
     monkeypatch.setenv("JPY_SESSION_NAME", "a-uuid")
     assert "program" not in code_here()
 
@@ -264,3 +330,57 @@ def test_versions_of_what_is_loaded(monkeypatch):
     found = versions()
     assert found["odd_one"] == "7.7" and "mute_one" not in found and "json" not in found
     assert found["numpy"] == np.__version__ and [*found][0] == "python"
+
+
+def test_an_installed_version_is_what_importlib_says():
+    for distribution in list(importlib.metadata.distributions())[:150]:
+        name = distribution.metadata["Name"]
+        assert installed(name) == importlib.metadata.version(name), name
+    assert installed("no-such-package") is None and installed("") is None
+
+
+# ---- what must not stand there
+
+@pytest.mark.parametrize("said", ["api_key='{}'", 'token="{}"', "password={}", "hf_token: {}", "'client_secret': '{}'",
+                                  "uri='postgres://me:{}@host:5432/x'", "AWS_SECRET_ACCESS_KEY={}", "X-Api-Key: {}"])  # fmt: skip
+def test_what_calls_itself_a_secret_is_taken_out(tmp_path, said):
+    class Notify(Callback):
+        def __repr__(self): return f"Notify({said.format('hunter2')}, every=3)"
+
+    learner(tmp_path / "run", cbs=Notify()).fit(1)
+    text = (tmp_path / "run" / "identity.json").read_text()
+    assert "hunter2" not in text and "Notify(" in text and "every=3)" in text
+
+
+@given(st.text(max_size=40))
+@settings(max_examples=200, deadline=None)
+def test_only_what_calls_itself_a_secret_is_taken_out(text):
+    if not any(word in text.lower() for word in ("token", "pass", "secret", "key", "://")): assert without_secrets(text) == text
+
+
+def test_values_under_a_name_of_a_secret():
+    harmless = {"max_tokens": 5, "pad_token": "<pad>", "token": ""}
+    found = as_plain({"opt/API_KEY": "x", "password": "x", **harmless, "deep": {"secret": [1]}})
+    assert found == {"opt/API_KEY": "…", "password": "…", **harmless, "deep": {"secret": "…"}}
+
+
+# ---- seeds
+
+def test_a_run_without_a_seed_says_where_it_began(tmp_path):
+    torch.manual_seed(77)
+    learn = Learner(nn.Linear(3, 1), TensorDataset(X, Y), "mse", "sgd", front="none", run=tmp_path / "run")
+    learn.fit(1)
+    torch.manual_seed(78)
+    again = Learner(nn.Linear(3, 1), TensorDataset(X, Y), "mse", "sgd", front="none", run=tmp_path / "run")
+    again.restore("last")
+    again.fit(1)
+    session, = sessions_of(tmp_path / "run")  # whoever goes on has the old random state, and so its seed
+    assert session["configuration"]["initial seed"] == 77 and "seed" not in session["configuration"]
+    assert "initial seed" not in record_of(learner(seed=3))["configuration"]
+
+
+def test_another_activation_is_another_architecture():
+    def made(kind): return record_of(Learner(nn.Sequential(nn.Linear(3, 1), kind()), TensorDataset(X, Y), "mse", front="none"))
+
+    relu, again, tanh = made(nn.ReLU), made(nn.ReLU), made(nn.Tanh)
+    assert relu["architecture"] == again["architecture"] != tanh["architecture"] and [*relu["architecture"]] == ["model"]

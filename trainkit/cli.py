@@ -5,9 +5,13 @@
 # %% ../nbs/90_cli.ipynb #2c58e507
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+import math
 import os
+import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,8 +24,9 @@ from .runs import Run, read_run, runs
 from .settings import SET, load_settings
 
 # %% auto #0
-__all__ = ['WRONG', 'SKIPPED', 'FORMATS', 'PARTS', 'clicks', 'row_of', 'list_runs', 'identity_lines', 'show_run', 'compare_runs',
-           'set_over', 'run_target', 'needed', 'tell_cell', 'run_notebook', 'export_run', 'new_project', 'complete_run',
+__all__ = ['WRONG', 'SKIPPED', 'FORMATS', 'PARTS', 'clicks', 'in_json', 'row_of', 'list_runs', 'identity_lines', 'show_run',
+           'compare_runs', 'set_over', 'run_target', 'needed', 'tell_output', 'live_client', 'read_notebook',
+           'check_kernel', 'kernel_environment', 'run_notebook', 'export_run', 'new_project', 'complete_run',
            'folder_or_name', 'looking', 'acting', 'giving', 'completing', 'app', 'main']
 
 # %% ../nbs/90_cli.ipynb #38c2277e
@@ -32,6 +37,15 @@ def clicks() -> Any:
     "The package click; SystemExit that says how to get it."
     try: return importlib.import_module("click")
     except ImportError: raise SystemExit("the command line needs click: pip install click") from None
+
+# %% ../nbs/90_cli.ipynb #1537b0ac
+def in_json(value: Any) -> str:
+    "A value as one line of JSON, with null for numbers that are none."
+    def known(o: Any) -> Any:
+        if isinstance(o, float): return o if math.isfinite(o) else None
+        if isinstance(o, Mapping): return {key: known(v) for key, v in o.items()}
+        return [known(v) for v in o] if isinstance(o, (list, tuple)) else o
+    return json.dumps(known(value), allow_nan=False)
 
 # %% ../nbs/90_cli.ipynb #b2b775ef
 def row_of(
@@ -49,7 +63,7 @@ def list_runs(
 ) -> int:
     "List the runs in FOLDER. How far each got, its best score, its size."
     found = runs(folder)
-    if as_json: print("\n".join(json.dumps(row_of(run)) for run in found))
+    if as_json: print("\n".join(in_json(row_of(run)) for run in found))
     else: print(found.tree() if tree else found)
     return DONE if found.folder.is_dir() else ABSENT
 
@@ -68,14 +82,18 @@ def identity_lines(
 def show_run(
     run: str,  # a folder, or a name in the settings' folder of runs
     as_json: bool = False,
+    html: str | None = None,  # a file for a page
 ) -> int:
     "Say how RUN stands. How good it got, what it was made with, and what it saved."
     path = find_run(run)
+    if html:
+        print(importlib.import_module("trainkit.ui.page").page(path).save(html))
+        return DONE
     found, status = read_run(path), Attached(path).status()
     outcomes = importlib.import_module("trainkit.compare").compare(found).outcomes
     if as_json:
         series = {name: vars(one) for name, (one,) in outcomes}
-        print(json.dumps({**row_of(found), "status": status, "sessions": found.sessions, "series": series}))
+        print(in_json({**row_of(found), "status": status, "sessions": found.sessions, "series": series}))
         return DONE
     print("\n".join([str(path), f"  {summary(status)}", *([f"  {found.fault}"] if found.fault else [])]))
     if found.parent: print(f"  a branch of {found.parent}")
@@ -95,9 +113,10 @@ def compare_runs(
     library = importlib.import_module("trainkit.compare")
     found = library.compare(*which, names=names or None)
     if as_json:
-        rows = [{"section": s, "name": n, "values": values} for s, n, values in [*found.differences, *found.facts]]
+        facts = [("run", "name", found.names), *found.differences, *found.facts]
+        rows = [{"section": s, "name": n, "values": values} for s, n, values in facts]
         rows += [{"section": "series", "name": n, "values": [o and vars(o) for o in told]} for n, told in found.outcomes]
-        print("\n".join(json.dumps(row) for row in rows))
+        print("\n".join(map(in_json, rows)))
     else: print(found)
     if plot: importlib.import_module("trainkit.ui.compare").plot_runs(*found.runs, names=names or None).savefig(plot, dpi=150)
     return DONE
@@ -145,31 +164,99 @@ def needed(
     except ImportError: raise ImportError(f"{what} needs {package or module}: pip install {package or module}") from None
 
 # %% ../nbs/90_cli.ipynb #d79ac077
-def tell_cell(
-    cell: Mapping[str, Any],  # that was executed
+def tell_output(
+    output: Mapping[str, Any],  # of a cell
 ) -> None:
-    "Print what a cell has printed."
-    for output in cell.get("outputs", ()):
-        text = output.get("text", "") if output["output_type"] == "stream" else output.get("data", {}).get("text/plain", "")
-        if text: print(text, end="" if text.endswith("\n") else "\n", flush=True)
+    "Print what an output says in plain text; a traceback in colour only where it is seen."
+    kind, name = output["output_type"], output.get("name")
+    lines = {"stream": output.get("text"), "error": "\n".join(output.get("traceback", ()))}
+    text = lines.get(kind, output.get("data", {}).get("text/plain")) or ""
+    file = sys.stderr if "stderr" == name or kind == "error" else sys.stdout
+    if not file.isatty(): text = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    if text: print(text, end="" if kind == "stream" or text.endswith("\n") else "\n", flush=True, file=file)
 
-# %% ../nbs/90_cli.ipynb #0eef400a
+# %% ../nbs/90_cli.ipynb #0fb093cb
+def live_client(client: Any) -> Any:
+    "The class of nbclient's that runs notebooks, made to tell outputs as they come."
+    import asyncio  # a tenth of a second, which the other commands are spared
+    class Live(client.NotebookClient):
+        replaceable: list[Any] = []  # outputs of this cell that may still be replaced
+        asked: int = 0  # the signal that came
+        passing: Any = None  # it is on its way
+
+        def output(self, outs: Any, msg: Any, display_id: Any, cell_index: int) -> Any:
+            found = super().output(outs, msg, display_id, cell_index)
+            if found and display_id: self.replaceable = [*self.replaceable, found]
+            elif found: tell_output(found)
+            return found
+
+        def pass_on(self, number: int) -> None:
+            again, self.asked = self.asked, number
+            if again: told = self.km.shutdown_kernel(now=True)
+            else: told = self.km.interrupt_kernel() if number == signal.SIGINT else self.km.signal_kernel(number)
+            self.passing = asyncio.ensure_future(told)
+
+        async def async_execute_cell(self, *args: Any, **kwargs: Any) -> Any:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):  # Windows, a thread
+                    asyncio.get_running_loop().add_signal_handler(number, self.pass_on, number)
+            try: found = await super().async_execute_cell(*args, **kwargs)
+            finally:
+                left, self.replaceable = self.replaceable, []
+                for output in left: tell_output(output)
+            if self.asked == signal.SIGINT: raise InterruptedError(self.asked, "interrupted")
+            return found
+
+    return Live
+
+# %% ../nbs/90_cli.ipynb #a513c22f
+def read_notebook(path: Path) -> Any:
+    "The notebook, by nbformat; ValueError that says why it is none."
+    format = needed("nbformat", "to run a notebook")
+    try:
+        notebook = format.read(path, as_version=4)
+        format.validate(notebook)
+    except (ValueError, AttributeError, KeyError, TypeError, format.ValidationError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path} is no notebook: {reason:.200}") from error
+    return notebook
+
+# %% ../nbs/90_cli.ipynb #f11d085f
+def check_kernel(path: Path, notebook: Any) -> None:
+    "ValueError when the kernel that a notebook asks for isn't installed."
+    specs = needed("jupyter_client.kernelspec", "to run a notebook", "jupyter_client")
+    name = notebook.metadata.get("kernelspec", {}).get("name", "python3")
+    try: specs.KernelSpecManager().get_kernel_spec(name)
+    except specs.NoSuchKernel:
+        there = ", ".join(sorted(specs.KernelSpecManager().find_kernel_specs())) or "none"
+        raise ValueError(f"{path} asks for the kernel {name!r}, which isn't installed; there are: {there}") from None
+
+# %% ../nbs/90_cli.ipynb #170b6a68
+def kernel_environment(
+    path: Path,  # of the notebook
+    kept: bool,  # its outputs
+) -> dict[str, str]:
+    "What a notebook's kernel finds in its environment: which notebook it runs, and whether its pictures are kept."
+    said = {"JPY_SESSION_NAME": str(path.absolute())}  # as a Jupyter server says it
+    return {**({} if kept else {"TRAINKIT_WHERE": "script"}), **os.environ, **said}
+
+# %% ../nbs/90_cli.ipynb #939ddbb5
 def run_notebook(
     path: Path,
     out: str | None = None,  # where it goes, with its outputs
 ) -> int:
     "Execute a notebook in its folder, in a kernel of its own; 1 if a cell fails."
-    client, format = needed("nbclient", "to run a notebook"), needed("nbformat", "to run a notebook")
-    notebook = format.read(path, as_version=4)
-    def told(cell: Any, **_: Any) -> None: tell_cell(cell)
-    runner = client.NotebookClient(notebook, timeout=None, resources={"metadata": {"path": str(path.absolute().parent)}},
-                                   on_cell_executed=told)  # fmt: skip
-    try: runner.execute()
-    except client.exceptions.CellExecutionError as error:
-        print(error, file=sys.stderr)
-        return 1
+    client, notebook = needed("nbclient", "to run a notebook"), read_notebook(path)
+    check_kernel(path, notebook)
+    runner = live_client(client)(notebook, timeout=None, resources={"metadata": {"path": str(path.absolute().parent)}})
+    runner.coalesce_streams = True
+    try: runner.execute(env=kernel_environment(path, bool(out)))
+    except (client.exceptions.CellExecutionError, client.exceptions.DeadKernelError, InterruptedError) as error:
+        failed = "a cell failed" if isinstance(error, client.exceptions.CellExecutionError) else str(error)
+        print(f"{path}: {'interrupted' if runner.asked else failed}", file=sys.stderr)
+        return 128 + runner.asked if runner.asked else 1
     finally:
-        if out: format.write(notebook, out)
+        if out: needed("nbformat", "to run a notebook").write(notebook, out)
     return DONE
 
 # %% ../nbs/90_cli.ipynb #a6a82798
@@ -217,9 +304,10 @@ def looking(click: Any) -> list[Any]:
     which = click.Argument(["which"], nargs=-1, required=True, metavar="RUN...", shell_complete=complete_run)
     names = click.Option(["--names"], multiple=True, metavar="PATTERN", help="series, as valid/*; may be said more than once")
     plot = click.Option(["--plot"], metavar="FILE", help="draw their curves into a file, as png, pdf or svg")
+    html = click.Option(["--html"], metavar="FILE", help="write it as a page that needs nothing else")
     return [click.Command("runs", params=[click.Argument(["folder"], required=False), tree, as_json], callback=list_runs,
                           help=list_runs.__doc__),
-            click.Command("show", params=[folder_or_name(click), as_json], callback=show_run, help=show_run.__doc__),
+            click.Command("show", params=[folder_or_name(click), as_json, html], callback=show_run, help=show_run.__doc__),
             click.Command("compare", params=[which, names, plot, as_json], callback=compare_runs,
                           help=compare_runs.__doc__)]  # fmt: skip
 
@@ -235,7 +323,7 @@ def acting(click: Any) -> list[Any]:
     target = click.Argument(["target"], type=click.Path())
     given = click.Argument(["arguments"], nargs=-1, type=click.UNPROCESSED)
     steer = "Steer or watch a RUN that trains. pause, set lr=1e-4, save … (`trainkit control RUN --help` lists them)."
-    return [click.Command("control", params=[words], callback=lambda words: control([*words]), help=steer,
+    return [click.Command("control", params=[words], callback=lambda words: control([*words], "trainkit control"), help=steer,
                           context_settings=rest, add_help_option=False),
             click.Command("run", params=[sets, out, target, given], callback=run_target, help=run_target.__doc__,
                           context_settings=rest | {"allow_interspersed_args": True})]  # fmt: skip

@@ -24,7 +24,7 @@ from .schedule import best_mode
 
 # %% auto #0
 __all__ = ['Row', 'CELL', 'differing', 'as_run', 'diff', 'shown', 'Outcome', 'means', 'outcome', 'series_of', 'efforts',
-           'best_of_row', 'Compared', 'AsText', 'Comparison', 'compare']
+           'best_of_row', 'labels', 'Compared', 'AsText', 'Comparison', 'compare']
 
 # %% ../nbs/29d_compare.ipynb #8e12d5b8
 Row = tuple[str, str, list[Any]]  # section, name, a value for each run; None: it has none
@@ -142,6 +142,19 @@ def best_of_row(
     return min(known, key=lambda pair: (sign * pair[0], pair[1]))[1]
 
 # %% ../nbs/29d_compare.ipynb #8a0cece9
+def labels(
+    runs: Sequence[Run],
+) -> list[str]:
+    "Their names; where two runs have the same one, with as much of their folders before it as tells them apart."
+    paths = [run.path.resolve() for run in runs]
+    def tail(i: int, k: int) -> str: return "/".join(paths[i].parts[-k:])
+    def label(i: int) -> str:
+        twins = [j for j, run in enumerate(runs) if run.name == runs[i].name and paths[j] != paths[i]]
+        sizes = range(runs[i].name.count("/") + 2, len(paths[i].parts) + 1)
+        return next((tail(i, k) for k in sizes if all(tail(j, k) != tail(i, k) for j in twins)), "") if twins else runs[i].name
+    return [label(i) for i in range(len(runs))]
+
+# %% ../nbs/29d_compare.ipynb #72ef734a
 @dataclass(frozen=True, repr=False)
 class Compared:
     "Runs side by side."
@@ -157,9 +170,14 @@ class Compared:
         return [*plain, *told]
 
     @property
+    def names(self) -> list[str]:
+        "What the columns are called."
+        return labels(self.runs)
+
+    @property
     def undescribed(self) -> list[str]:
         "Names of runs that don't say what they were made with."
-        return [run.name for run in self.runs if not run.identity]
+        return [name for name, run in zip(self.names, self.runs) if not run.identity]
 
 # %% ../nbs/29d_compare.ipynb #0724ede7
 class AsText(Compared):
@@ -171,7 +189,7 @@ class AsText(Compared):
     ) -> str:
         "The table as text."
         rows = [(n, [cell + " *" * (i == best) for i, cell in enumerate(cells)], s) for s, n, cells, best in self.rows()]
-        table = [["", *(run.name for run in self.runs)], *([name, *cells] for name, cells, _ in rows)]
+        table = [["", *self.names], *([name, *cells] for name, cells, _ in rows)]
         cut = [[cell if len(cell) <= width else cell[: width - 1] + "…" for cell in row] for row in table]
         wide = [max(map(len, column)) for column in zip(*cut)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, wide)).rstrip() for row in cut]
@@ -197,7 +215,7 @@ class Comparison(AsText):
     def _repr_html_(self) -> str:
         def tr(tag: str, cells: Iterable[str]) -> str:
             return f"<tr>{''.join(f'<{tag} {CELL}>{cell}</{tag}>' for cell in cells)}</tr>"
-        lines, before = [tr("th", ["", *(html.escape(run.name) for run in self.runs)])], ""
+        lines, before = [tr("th", ["", *map(html.escape, self.names)])], ""
         for section, name, cells, best in self.rows():
             if section != before: lines.append(f'<tr><th {CELL} colspan="{len(cells) + 1}">{html.escape(section)}</th></tr>')
             said = [f"<b>{html.escape(c)}</b>" if i == best else html.escape(c) for i, c in enumerate(cells)]
@@ -216,7 +234,7 @@ class Comparison(AsText):
             columns[name] = [math.nan if o is None else o.last for o in found]
             columns[f"{name} best"] = [math.nan if o is None else o.best for o in found]
             columns[f"{name} best step"] = [None if o is None else o.step for o in found]
-        return pandas.DataFrame(columns, index=pandas.Index([run.name for run in self.runs], name="run"))
+        return pandas.DataFrame(columns, index=pandas.Index(self.names, name="run"))
 
 # %% ../nbs/29d_compare.ipynb #6dc27ab9
 def compare(

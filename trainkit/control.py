@@ -58,13 +58,15 @@ def _options() -> argparse.ArgumentParser:
     return shared
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(
+    program: str = PROGRAM,  # how it is called
+) -> argparse.ArgumentParser:
     "The parser of the command line, made from the table of commands."
-    parser = argparse.ArgumentParser(PROGRAM, description="Steer and watch a run from a terminal.", epilog=ENDINGS)
+    parser = argparse.ArgumentParser(program, description="Steer and watch a run from a terminal.", epilog=ENDINGS)
     parser.add_argument("run", metavar="RUN", help="a run's folder, or its name in the settings' folder of runs")
     found = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, spec in COMMANDS.items():
-        usage = f"{PROGRAM} RUN {form(name, spec)} [--json] [--wait | --no-wait] [--timeout SECONDS]"
+        usage = f"{program} RUN {form(name, spec)} [--json] [--wait | --no-wait] [--timeout SECONDS]"
         sub = found.add_parser(name, help=spec.help, description=spec.help, usage=usage, epilog=ENDINGS, parents=[_options()])
         sub.add_argument("words", nargs="*", help=argparse.SUPPRESS)
         for key, value in spec.takes.items():
@@ -281,9 +283,10 @@ def look(
 
 def main(
     argv: Sequence[str] | None = None,  # without the program's name; those of the command line
+    program: str = PROGRAM,  # its name
 ) -> int:
     "Do what a command line says; the exit status."
-    parser = make_parser()
+    parser = make_parser(program)
     given = parser.parse_args(argv)
     try:
         there = attach(given.run)

@@ -84,6 +84,9 @@ class ArrayDataset(Dataset):
     def __len__(self) -> int:
         return len(self.arrays[0])
 
+    def __repr__(self) -> str:
+        return f"ArrayDataset({', '.join(map(describe, self.arrays))})"
+
     def __getitem__(self, i: int | slice | list[int]) -> Any:
         rows = tuple(as_tensor(np.asarray(a[i]) if isinstance(a, np.ndarray) else a[i]) for a in self.arrays)
         return rows if len(rows) > 1 else rows[0]
@@ -152,7 +155,7 @@ def as_loader(
     return data
 
 # %% ../nbs/11_data.ipynb #aa683850
-@dataclass
+@dataclass(repr=False)
 class Loaders:
     "What a learner trains on and looks at; `train` is None for a learner that only tests or predicts."
 
@@ -160,6 +163,10 @@ class Loaders:
     valid: dict[str, Iterable] = field(default_factory=dict)
     test: dict[str, Iterable] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        groups = [f"{key}={{{', '.join(f'{name!r}: {describe(dl)}' for name, dl in found.items())}}}"
+                  for key, found in (("valid", self.valid), ("test", self.test)) if found]  # fmt: skip
+        return f"Loaders({', '.join([f'train={None if self.train is None else describe(self.train)}', *groups])})"
 
 def _is_pair(x: Any) -> bool:
     "Whether x means (train, valid)."
@@ -569,6 +576,9 @@ class _Cursor:
         self.loader, self.name, self.source = loader, name, _as_source(loader, name)
         self.epoch, self.batch_idx = 0, 0  # epochs finished, batches drawn in the present one
         self._it: Iterator | None = None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}: batch {self.batch_idx} of epoch {self.epoch}, from {describe(self.loader)})"
 
     def fast_forward(self) -> Iterator:
         "Open the iterator now instead of at the next batch, to meet its cost and its errors here."

@@ -9,6 +9,7 @@ __all__ = ['LAST_STEP', 'Value', 'ENCODE', 'UNREADABLE', 'Column', 'fetch', 'as_
            'from_state', 'past_of', 'fork_of', 'catch_up', 'History']
 
 # %% ../nbs/01_history.ipynb #567cb02c
+import html
 import json
 import math
 import threading
@@ -182,13 +183,23 @@ def mark_of(row: Mapping[str, Any]) -> Mark:
     return replace(mark, time=float(mark.time), data=plain(mark.data))
 
 # %% ../nbs/01_history.ipynb #b032ffa8
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Snapshot:
     "The history at one moment."
     scalars: Scalars  # name -> (steps int64, values float64)
     marks: tuple[Mark, ...]
     version: int
     tails: tuple[Tail, ...] = ()
+
+    def __repr__(self) -> str:
+        values = sum(len(steps) for steps, _ in self.scalars.values())
+        return f"Snapshot({values} values, series {', '.join(self.scalars) or 'none'}, {len(self.marks)} marks)"
+
+    def _repr_html_(self) -> str:
+        rows = [("series", "values", "last", "at step")]
+        rows += [(n, str(len(s)), f"{v[-1]:.4g}", str(s[-1])) for n, (s, v) in self.scalars.items() if len(s)]
+        cells = ["".join(f'<td style="text-align:left">{html.escape(cell)}</td>' for cell in row) for row in rows]
+        return f"<table><tr>{'</tr><tr>'.join(cells)}</tr></table>"
 
 # %% ../nbs/01_history.ipynb #a03f6314
 class Record(Columns):
@@ -615,3 +626,5 @@ class History(Stored):
 
     def __repr__(self) -> str:
         return f"History({len(self)} values, series {', '.join(self.names()) or 'none'}, {len(self._marks)} marks)"
+
+    def _repr_html_(self) -> str: return self.snapshot()._repr_html_()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import platform
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from types import CodeType
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 import trainkit
 from .data import length_of
@@ -22,8 +24,8 @@ from .player import Player, unwrapped
 from .schedule import path_of
 
 # %% auto #0
-__all__ = ['source_of', 'source_of_code', 'digest_of', 'own_code', 'data_of', 'told_by', 'steps_of', 'losses_of', 'identity_of',
-           'changes']
+__all__ = ['source_of', 'source_of_code', 'digest_of', 'own_code', 'architecture_of', 'architectures', 'data_of', 'told_by',
+           'steps_of', 'losses_of', 'identity_of', 'changes']
 
 # %% ../nbs/24a_identity.ipynb #e95564a3
 def source_of(thing: Any) -> str:
@@ -54,6 +56,25 @@ def own_code(modules: list[nn.Module]) -> dict[str, str]:
     "The classes of all parts that aren't torch's own, by name, with their digests."
     kinds = {type(part) for module in modules for part in unwrapped(module).modules()}
     return {f"class {k.__qualname__}": digest_of(k) for k in kinds if not k.__module__.startswith("torch.")}
+
+# %% ../nbs/24a_identity.ipynb #f573b1ef
+def architecture_of(module: nn.Module) -> str:
+    "Twelve letters for what a module prints and the names, shapes and types of its parameters; empty while one has no shape."
+    named = [*unwrapped(module).named_parameters()]  # shared ones once
+    if any(is_lazy(p) for _, p in named):
+        return ""
+    try:
+        text = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(unwrapped(module)))
+    except Exception:  # somebody's own extra_repr, and a checkpoint is being saved
+        return ""
+    lines = [text, *(f"{name} {tuple(p.shape)} {p.dtype}" for name, p in named)]
+    return hashlib.sha256("\n".join(lines).encode(errors="replace")).hexdigest()[:12]
+
+
+def architectures(players: list[Player]) -> dict[str, str]:
+    "The digest of each module of the players, by name."
+    parts = [(f"{p.name}.{key}" if len(p.modules) > 1 else p.name, m) for p in players for key, m in p.modules.items()]
+    return {name: text for name, module in parts if (text := architecture_of(module))}
 
 # %% ../nbs/24a_identity.ipynb #98e53139
 def data_of(loader: Any) -> str:
@@ -99,6 +120,7 @@ def identity_of(
         "versions": {"trainkit": trainkit.__version__, "torch": torch.__version__.split("+")[0],
                      "python": platform.python_version()},
         "code": own_code(modules) | steps_of(learn, base),
+        "architecture": architectures(learn.players),
         "losses": {name: text for player in learn.players for name, text in losses_of(player).items()},
         "data": {"training data": data_of(train), **told_by(train)} if train is not None else {},
     }  # fmt: skip
@@ -111,9 +133,10 @@ def changes(saved: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[st
         was = saved.get(part, {})
         for name in [*here, *(n for n in was if n not in here)]:
             a, b = was.get(name), here.get(name)
-            if a == b:
+            if a == b or (part == "architecture" and None in (a, b)):  # not known yet, or to an older checkpoint
                 continue
-            coded = part in ("code", "losses")
-            text = f"{name} was rewritten" if coded else f"{name}: {a} then, {b} now"
+            texts = {"code": f"{name} was rewritten", "losses": f"{name} was rewritten",
+                     "architecture": f"{name} is built otherwise"}  # fmt: skip
+            text = texts.get(part, f"{name}: {a} then, {b} now")
             lines.append(f"{name} is new" if a is None else f"{name} is gone" if b is None else text)
     return lines

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import html
 import inspect
 import pkgutil
 import signal
@@ -602,6 +603,10 @@ class Kept(Placed):
     def identity(self) -> dict[str, dict[str, str]]:
         "What the run is made of: versions, code of one's own, losses and data."
         return identity_of(self, Steps)
+
+    def _repr_html_(self) -> str:
+        head, *parts = map(html.escape, repr(self).splitlines())
+        return f"<b>{head}</b><br>{'<br>'.join(parts)}{self.history._repr_html_() if len(self.history) else ''}"
 
     def _remember(self, run: str | Path | None) -> None:
         "Where the run is kept, and what its best checkpoint is."

@@ -168,6 +168,9 @@ class FunctionMetric:
         self.function, self.name = function, name or metric_name(function)
         self.mean = Mean()
 
+    def __repr__(self) -> str:
+        return f"FunctionMetric({self.name!r})"
+
     def update(self, pred: Any, targets: tuple, n: float) -> None:
         "Take in the function's value on a batch of n samples."
         value = _call(self.name, self.function, pred, targets)
@@ -203,6 +206,9 @@ class StatefulMetric:
         self.metric, self.name = copy.deepcopy(metric), name or metric_name(metric)
         self.prefix = f"{name}_" if name else ""
         self.reset()
+
+    def __repr__(self) -> str:
+        return f"StatefulMetric({self.name!r}, {type(self.metric).__name__})"
 
     def update(self, pred: Any, targets: tuple, n: float) -> None:
         "Take in a batch."
@@ -298,6 +304,9 @@ class MetricSet:
 
     def __len__(self) -> int:
         return len(self.metrics)
+
+    def __repr__(self) -> str:
+        return f"MetricSet({', '.join(map(repr, self.metrics))})"
 
     def for_loader(self, name: str) -> MetricSet:
         "The metrics of the loader of this name, emptied."

@@ -30,7 +30,7 @@ __all__ = ['LOSSES', 'Term', 'get_loss', 'as_terms', 'named_modules', 'unwrapped
            'player_state', 'load_player']
 
 # %% ../nbs/21_player.ipynb #490c5531
-@dataclass
+@dataclass(repr=False)
 class Term:
     "One named part of a player's loss: `fn(pred, target) -> scalar tensor`, times `weight`."
 
@@ -44,6 +44,9 @@ class Term:
         if isinstance(self.weight, bool) or not isinstance(self.weight, (int, float)):
             raise TypeError(f"term {self.name!r}: the weight must be a number; received {self.weight!r}")
 
+    def __repr__(self) -> str:
+        fn = getattr(self.fn, "__qualname__", None) or f"a {type(self.fn).__name__}"
+        return f"Term({self.name!r}, {fn}{'' if self.weight == 1 else f', weight={self.weight:g}'})"
 
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "mse": F.mse_loss, "mae": F.l1_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss, "huber": F.huber_loss,

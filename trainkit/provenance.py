@@ -10,12 +10,15 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +34,16 @@ from .runs import IDENTITY, sessions_of
 from .storage import write_atomically
 
 # %% auto #0
-__all__ = ['WHOLE', 'ROWS', 'STRETCH', 'SINGLE', 'SHOWING', 'git', 'digest', 'repository_of', 'program', 'code_here',
-           'version_of', 'versions', 'processor', 'machine', 'evenly', 'bytes_of', 'held_by', 'content_of',
-           'fingerprints', 'player_plan', 'configuration_of', 'as_plain', 'record_of', 'keep_record']
+__all__ = ['ELSEWHERE', 'WHOLE', 'ROWS', 'STRETCH', 'SINGLE', 'SHOWING', 'KEEPS', 'NAMED', 'IN_TEXT', 'IN_ADDRESS', 'git',
+           'digest', 'repository_of', 'program', 'code_in', 'told_of', 'code_here', 'installed', 'version_of',
+           'versions', 'processor', 'machine', 'evenly', 'bytes_of', 'held_by', 'content_of', 'fingerprints',
+           'player_plan', 'configuration_of', 'without_secrets', 'as_plain', 'record_of', 'keep_record']
 
 # %% ../nbs/24b_provenance.ipynb #7fceba45
+ELSEWHERE = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY", "GIT_NAMESPACE",
+             "GIT_PREFIX", "GIT_DIFF_OPTS", "GIT_EXTERNAL_DIFF")  # fmt: skip
+
+# %% ../nbs/24b_provenance.ipynb #628ae1b8
 def git(
     folder: Path,  # in a repository, or not
     *words: str,  # what it is asked
@@ -43,7 +51,7 @@ def git(
 ) -> bytes:
     "What git says; empty without git, without a repository, and without an answer in time."
     command = ["git", "-C", str(folder), "-c", "core.fsmonitor=false", *words]
-    env = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+    env = {name: value for name, value in os.environ.items() if name not in ELSEWHERE} | {"GIT_OPTIONAL_LOCKS": "0"}
     try: done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds, env=env)
     except (OSError, subprocess.SubprocessError): return b""
     return done.stdout if done.returncode == 0 else b""
@@ -64,7 +72,8 @@ def repository_of(
     changed = sum(line[:1] in "12u" for line in said)
     found = {"commit": head["oid"], "branch": head.get("head", ""), "dirty": bool(changed)}
     if not changed: return found
-    return found | {"changed files": changed, "changes": digest(git(folder, "diff", "--no-ext-diff", "HEAD"))}
+    diff = git(folder, "diff", "--no-ext-diff", "--no-textconv", "--no-color", "--full-index", "HEAD")
+    return found | {"changed files": changed} | ({"changes": digest(diff)} if diff else {})  # none, where git had no answer
 
 # %% ../nbs/24b_provenance.ipynb #e7eeb294
 def program() -> Path | None:
@@ -76,18 +85,47 @@ def program() -> Path | None:
     return Path(found) if found else None
 
 # %% ../nbs/24b_provenance.ipynb #e9605af9
+def code_in(
+    file: Path,  # a script or a notebook
+) -> bytes:
+    "What of it decides what it does: of a notebook the code cells, else everything; ValueError for what is no notebook."
+    found = file.read_bytes()
+    if file.suffix != ".ipynb": return found
+    try: cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(found)["cells"]]
+    except (KeyError, TypeError) as error: raise ValueError(f"{file} is no notebook") from error
+    return json.dumps([text for kind, text in cells if kind == "code"]).encode()
+
+# %% ../nbs/24b_provenance.ipynb #ba1e2ab9
+def told_of(
+    file: Path,  # of the program
+) -> dict[str, Any]:
+    "Its name, and a digest of its code where that can be read."
+    try: return {"file": file.name, "code": digest(code_in(file))}
+    except (OSError, ValueError): return {"file": file.name}
+
+# %% ../nbs/24b_provenance.ipynb #0b7ac2f7
 def code_here() -> dict[str, dict[str, Any]]:
     "The program, and the repository it lies in."
     file = program()
     place = file.parent if file is not None and file.is_file() else Path(".")
-    found = {"git": repository_of(place), "program": {"file": file.name} if file is not None else {}}
+    found = {"git": repository_of(place), "program": told_of(file) if file is not None else {}}
     return {section: values for section, values in found.items() if values}
 
 # %% ../nbs/24b_provenance.ipynb #503596bd
+@cache
+def installed(
+    package: str,
+) -> str | None:
+    "The version that a package was installed with; None for what is no package's name."
+    try: found = importlib.metadata.distribution(package)
+    except (importlib.metadata.PackageNotFoundError, ValueError): return None
+    line = re.search(r"^Version:[ \t]*(\S+)", found.read_text("METADATA") or found.read_text("PKG-INFO") or "", re.M)
+    return line[1] if line else None
+
+# %% ../nbs/24b_provenance.ipynb #dcae6003
 def version_of(module: str) -> str | None:
     "Of a loaded module by its name: as its package says it, or else as it says itself."
-    try: return importlib.metadata.version(module)
-    except (importlib.metadata.PackageNotFoundError, ValueError): pass
+    if (found := installed(module)) is not None: return found
     said = getattr(sys.modules.get(module), "__version__", None)
     return said if isinstance(said, str) else None
 
@@ -98,7 +136,8 @@ def versions() -> dict[str, str]:
     names = sorted(name for name in tops if name not in sys.stdlib_module_names and not name.startswith("_"))
     return {"python": platform.python_version()} | {n: v for n in names if (v := version_of(n)) is not None}
 
-# %% ../nbs/24b_provenance.ipynb #d4a4ce8a
+# %% ../nbs/24b_provenance.ipynb #f7407a09
+@cache
 def processor() -> str:
     "The name of the CPU."
     try: lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -199,28 +238,46 @@ def configuration_of(
     own = [f for f in fields(learn.settings) if "kind" in f.metadata and f.name not in SHOWING]
     said: dict[str, Any] = {"learner": type(learn).__name__}
     said |= {f.name: v for f in own if (v := getattr(learn.settings, f.name)) not in (None, "")}
+    if learn.settings.seed is None: said["initial seed"] = torch.initial_seed()
     for player in learn.players: said |= player_plan(player)
     said["callbacks"] = ", ".join(repr(cb) for cb in learn.cbs if cb.account != "views")
     said["deterministic"] = torch.are_deterministic_algorithms_enabled()
     said["matmul precision"] = torch.get_float32_matmul_precision()
     return said
 
+# %% ../nbs/24b_provenance.ipynb #499ef741
+KEEPS = r"(?:(?:access|api|auth|bearer|bot|hf|refresh)[_-]?)?token|\w*(?:password|passwd|secret|(?:api|access|private)[_-]?key)"
+NAMED = re.compile(KEEPS, re.I)  # as a name; max_tokens and pad_token are none
+IN_TEXT = re.compile(rf"""(\b(?:{KEEPS})['"]?\s*[=:]\s*)('[^']*'|"[^"]*"|[^\s,;)\]}}]+)""", re.I)  # token='x', "token": x
+IN_ADDRESS = re.compile(r"(://)[^/\s:@]*:[^/\s@]+@")  # postgres://user:password@host
+
+
+def without_secrets(
+    text: str,
+) -> str:
+    "The text, with dots for what names itself a secret."
+    return IN_ADDRESS.sub(r"\1…@", IN_TEXT.sub(r"\1…", text))
+
 # %% ../nbs/24b_provenance.ipynb #29d2044b
 def as_plain(value: Any) -> Any:
-    "A value as JSON holds it: a text where it holds none."
-    if value is None or isinstance(value, (bool, str, int)): return value
+    "A value as JSON holds it, a text where it holds none, without what names itself a secret."
+    if value is None or isinstance(value, (bool, int)): return value
     if isinstance(value, float): return value if abs(value) < float("inf") else str(value)
-    if isinstance(value, Mapping): return {str(k): as_plain(v) for k, v in value.items()}
-    return [as_plain(v) for v in value] if isinstance(value, (list, tuple)) else str(value)
+    if isinstance(value, Mapping):
+        return {str(k): "…" if v and NAMED.fullmatch(str(k).rpartition("/")[2]) else as_plain(v) for k, v in value.items()}
+    return [as_plain(v) for v in value] if isinstance(value, (list, tuple)) else without_secrets(str(value))
 
-# %% ../nbs/24b_provenance.ipynb #30a10f54
+# %% ../nbs/24b_provenance.ipynb #15e885b2
 def record_of(
     learn: Any,  # a learner
 ) -> dict[str, dict[str, Any]]:
     "What a run is made with, now: sections of names and plain values."
-    found = {"configuration": configuration_of(learn), **code_here(), **learn.identity(), "machine": machine(learn.device)}
-    found["versions"] = versions()
-    found["data"] = {**found.get("data", {}), **fingerprints(learn.loaders)}
+    with ThreadPoolExecutor(1) as beside:  # git takes as long as the rest together
+        code = beside.submit(code_here)
+        about, content, loaded = learn.identity(), fingerprints(learn.loaders), versions()
+        found = {"configuration": configuration_of(learn), **code.result(), **about, "machine": machine(learn.device)}
+    found["versions"] = loaded
+    found["data"] = {**found.get("data", {}), **content}
     return {section: as_plain(values) for section, values in found.items() if values}
 
 # %% ../nbs/24b_provenance.ipynb #36a6e654

@@ -33,6 +33,9 @@ class RandomState:
         self.worn = False
         self._kept: dict[str, Any] | None = None  # while it isn't worn
 
+    def __repr__(self) -> str:
+        return f"RandomState({'the shared one' if self.seed is None else f'seed={self.seed}'})"
+
     @contextmanager
     def wear(self) -> Iterator[None]:
         "Inside, everybody draws from it; afterwards the shared state is what it was. Inside itself it does nothing."

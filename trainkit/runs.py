@@ -97,7 +97,7 @@ def sessions_of(
     return [session for session in found if isinstance(session, dict)] if isinstance(found, list) else []
 
 # %% ../nbs/02a_runs.ipynb #39dd0512
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     "One run, as its folder tells."
     name: str  # its folder, seen from the folder of runs
@@ -109,6 +109,12 @@ class Run:
     changed: float = 0.0  # seconds since 1970
     parent: str = ""  # "run/checkpoint", of which it is a branch
     fault: str = ""  # what is damaged
+
+    def __repr__(self) -> str:
+        best = [] if self.best is None else [f"best {self.best:.4g}"]
+        said = [f"step {self.step}", *best, f"{self.checkpoints} checkpoints", *([f"a branch of {self.parent}"] if self.parent else []),
+                *([f"damaged: {self.fault}"] if self.fault else [])]  # fmt: skip
+        return f"Run({self.name!r}: {', '.join(said)}, in {self.path})"
 
     @property
     def sessions(self) -> list[dict[str, Any]]:

@@ -47,6 +47,9 @@ class Knob:
     def __init__(self, name: str | None = None, low: float | None = None, high: float | None = None):
         vars(self).update({k: v for k, v in {"name": name, "low": low, "high": high}.items() if v is not None})
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, from {self.low:g} to below {self.high:g})"
+
     @property
     def labels(self) -> list[str]:
         "What its places are called."

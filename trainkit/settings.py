@@ -9,6 +9,7 @@ __all__ = ['SECTIONS', 'KEYS', 'Found', 'SET', 'as_text', 'Kind', 'choice', 'tex
 
 # %% ../nbs/00_settings.ipynb #29758c8c
 import configparser
+import html
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -163,6 +164,12 @@ class Settings:
         rows = [(f"[{s}] {k}", as_text(v), self.source(s, k)) for s, k, v in _values(self)]
         wide = [max(len(row[i]) for row in rows) for i in (0, 1)]
         return "\n".join(f"{name:{wide[0]}}  {value:{wide[1]}}  {source}" for name, value, source in rows)
+
+    def _repr_html_(self) -> str:
+        rows = [(s, k, as_text(v), self.source(s, k)) for s, k, v in _values(self)]
+        cells = ["".join(f'<td style="text-align:left">{html.escape(cell)}</td>' for cell in row) for row in rows]
+        head = "".join(f'<th style="text-align:left">{name}</th>' for name in ("section", "key", "value", "said by"))
+        return f"<table><tr>{head}</tr><tr>{'</tr><tr>'.join(cells)}</tr></table>"
 
 # %% ../nbs/00_settings.ipynb #6a28a03b
 def _values(settings: Settings) -> Iterator[tuple[str, str, Any]]:

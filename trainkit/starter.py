@@ -5,6 +5,8 @@
 # %% ../nbs/89_starter.ipynb #4b11a66f
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import json
 import keyword
 import re
@@ -17,7 +19,7 @@ from .settings import settings_ini
 
 # %% auto #0
 __all__ = ['IMPORTS', 'DATA', 'MODEL', 'EXPORT', 'SCRIPT', 'TEST', 'PROJECT', 'README', 'cells', 'notebook_text', 'module_text',
-           'package_of', 'files', 'start_project']
+           'owner_of', 'package_of', 'files', 'start_project']
 
 # %% ../nbs/89_starter.ipynb #e13886ec
 IMPORTS = """\
@@ -102,15 +104,17 @@ from {package}.core import make_learner
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, help="20; with --resume so many more")
     parser.add_argument("--run", default="first", help="its folder in runs/")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in that folder")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in that folder; without --epochs to its end")
     args = parser.parse_args()
 
     learn = make_learner(args.run)
     if args.resume:
         learn.restore("last")
-    learn.fit(epochs=args.epochs)
+        learn.fit(epochs=args.epochs, schedule="stretch")
+    else:
+        learn.fit(epochs=args.epochs or 20)
     print(learn)
 '''
 
@@ -152,27 +156,47 @@ pythonpath = ["."]
 README = '''\
 # {name}
 
-    python train.py            # trains, and leaves everything in runs/first
-    trainkit show first        # what came of it
-    trainkit compare first second
-    jupyter lab nbs            # the same in a notebook, live
-    nbdev-export               # {package}/ from the notebooks, after they were changed
+    python train.py                          # trains, and leaves everything in runs/first
+    trainkit show first                      # what came of it
+    python train.py --run second --epochs 5  # another run, in runs/second
+    trainkit compare first second            # what differs, and which is better
+    python train.py --resume                 # goes on with the first, if it was interrupted
+    python train.py --resume --epochs 5      # or makes five more epochs
+    jupyter lab nbs                          # the same in a notebook, live
+    nbdev-export                             # {package}/ from the notebooks, after they were changed
     python -m pytest
 
 What isn't said in the code stands in `settings.ini`; `trainkit run train.py --set optimizer.lr=1e-3` holds over both.
+
+`runs/` lies in the folder one works in: `trainkit show first` finds it from here, and a notebook, which works in the folder
+it lies in, has its own in `nbs/runs/`. A path finds a run from anywhere: `trainkit show path/to/runs/first`.
 '''
 
 # %% ../nbs/89_starter.ipynb #b6ec652d
+def owner_of(
+    name: str,  # of a project
+) -> str:
+    "Who has the name already, in words; empty where nobody has. What lies in the working folder doesn't count."
+    package = name.replace("-", "_")
+    if keyword.iskeyword(package): return "Python"
+    if package in sys.stdlib_module_names: return "Python's own library"
+    if package in ("trainkit", "torch", "numpy", "tests", "nbs"): return "a package that the project needs"
+    try: return f"the installed package {importlib.metadata.distribution(name).metadata['Name']}"
+    except (importlib.metadata.PackageNotFoundError, ValueError): pass
+    try: spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError): return ""
+    inside = spec is not None and spec.origin is not None and Path.cwd() in [*Path(spec.origin).resolve().parents][:2]
+    return "" if spec is None or spec.origin is None or inside else f"the module {spec.origin}"
+
+# %% ../nbs/89_starter.ipynb #908c090e
 def package_of(
     name: str,  # of a project
 ) -> str:
     "The package's name; ValueError when it can't be one."
-    package = name.replace("-", "_")
-    others = {"trainkit", "torch", "numpy", "tests", "nbs", *sys.stdlib_module_names}
-    taken = keyword.iskeyword(package) or package in others
-    if not package.isascii() or not package.isidentifier() or taken:
-        why = "is taken" if taken else "can't be the name of a package"
-        raise ValueError(f"a project's name is letters, digits and - or _, beginning with a letter; {name!r} {why}")
+    package, rule = name.replace("-", "_"), "a project's name is letters, digits and - or _, beginning with a letter"
+    if not package.isascii() or not package.isidentifier():
+        raise ValueError(f"{rule}; {name!r} can't be the name of a package")
+    if owner := owner_of(name): raise ValueError(f"{rule}; {name!r} is taken by {owner}")
     return package
 
 # %% ../nbs/89_starter.ipynb #6345d69d

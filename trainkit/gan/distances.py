@@ -198,6 +198,10 @@ class OnFeatures:
             raise ValueError(f"batch_size={batch_size!r} must be at least 1")
         self.network, self.batch_size, self.transform = network, batch_size, transform
 
+    def __repr__(self) -> str:
+        space = "the samples themselves" if self.network is None else f"features of a {type(self.network).__name__}"
+        return f"{type(self).__name__}(on {space})"
+
     def features(self, samples: Tensor, what: str = "fakes") -> Tensor:
         "The features (N, D) of samples."
         return features_of(self.network, samples, self.batch_size, self.transform, what)
