@@ -2,6 +2,7 @@
 # make lab    the same, live, in JupyterLab
 # make test   everything CI checks
 # make docs   the site, from the notebooks as they are stored: build/docs/site/index.html
+# make wheel  build the package, and use it in an empty environment: WHEEL="--python python3.13 --extras" for more
 # make bench  measure trainkit beside loops by hand and other toolkits; tables in benchmarks/results/ (minutes)
 # make export trainkit/ and README.md from the notebooks
 # make clean  remove what the others made, the environment included
@@ -21,7 +22,7 @@ unexport PYTHONHOME PYTHONPATH
 
 headline = @printf '\n== %s\n' '$(1)'
 
-.PHONY: docs bench test-kernels test-trackers help demo lab test export clean drift unclean readme lint types notebooks unit browser chromium
+.PHONY: docs pictures wheel bench test-kernels test-trackers help demo lab test export clean drift unclean readme lint types notebooks unit browser chromium
 
 help:
 	@sed -n '1,/^$$/s/^# //p' Makefile
@@ -66,7 +67,7 @@ clean:
 
 test: export OMP_NUM_THREADS := 1
 test: chromium $(STAMP) $(RECORDINGS)
-	@$(MAKE) --no-print-directory -j1 drift unclean readme lint types notebooks unit docs browser
+	@$(MAKE) --no-print-directory -j1 drift unclean readme lint types notebooks unit wheel docs browser
 	$(call headline,all checks passed)
 
 chromium:
@@ -100,6 +101,10 @@ unit: $(STAMP) $(RECORDINGS)
 	$(call headline,tests)
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not cuda' --ignore tests/browser
 
+wheel: $(STAMP)
+	$(call headline,the package in an empty environment)
+	@$(BIN)/python tools/wheel.py $(WHEEL)
+
 # its tools need Python 3.11 and have an environment of their own; where Python is older there is no site
 DOCS := $(VENV)-docs/.installed
 $(DOCS): docs/constraints.txt
@@ -112,6 +117,12 @@ $(DOCS): docs/constraints.txt
 docs: $(if $(filter 3.10,$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)),,$(DOCS))
 	$(call headline,the site)
 	@if [ -x $(VENV)-docs/bin/python ]; then $(VENV)-docs/bin/python tools/docs.py build; else echo "not built: its tools need Python 3.11"; fi
+
+# what README.md and the gallery show, from a real JupyterLab: some minutes, on a quiet machine
+pictures: chromium $(STAMP)
+	$(call headline,pictures and the animation)
+	@$(BIN)/python tools/pictures.py
+	@$(BIN)/python tools/record.py
 
 # not part of `make test`, as it installs several versions of ipykernel: 6.31, 7.3 and the newest
 test-kernels: export OMP_NUM_THREADS := 1

@@ -4,7 +4,9 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
 THEIRS = re.compile(r"^```\{code-block\} python\n(.*?)^```$", re.M | re.S)
+README = ROOT / "README.md"
 WITH_CODE = [page for page in PAGES if BLOCK.search(page.read_text(encoding="utf-8"))]
 
 spec = importlib.util.spec_from_file_location("docs_tool", ROOT / "tools/docs.py")
@@ -36,9 +39,22 @@ def test_code_runs(page, tmp_path, monkeypatch, capsys):
         exec(code, names)
 
 
+def test_readme_runs(tmp_path):
+    "The blocks of README.md as the cells of one session, as a newcomer would paste them."
+    blocks = BLOCK.findall(README.read_text(encoding="utf-8"))
+    assert len(blocks) == 4
+    session = "from IPython.core.interactiveshell import InteractiveShell\nshell = InteractiveShell.instance()\n"
+    session += f"for block in {blocks!r}:\n    shell.run_cell(block, store_history=True).raise_error()\n"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "IPYTHONDIR": str(tmp_path / "profile")}
+    done = subprocess.run([sys.executable, "-c", session], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr and (tmp_path / "runs/lower-rate/history.jsonl").is_file()
+    ast.parse((tmp_path / "again.py").read_text(encoding="utf-8"))
+
+
 def test_pages_with_code():
     assert {"callback", "player", "knob", "optimizer", "from-fastai", "from-lightning", "from-keras", "from-torchgan",
-            "commands", "exact-resume", "index"} <= {page.stem for page in WITH_CODE}  # fmt: skip
+            "commands", "exact-resume", "index", "share"} <= {page.stem for page in WITH_CODE}  # fmt: skip
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.stem.startswith("from-")], ids=lambda page: page.stem)
@@ -54,6 +70,29 @@ def test_five_lines():
     first = BLOCK.search((ROOT / "docs/howto/callback.md").read_text(encoding="utf-8"))[1]
     body = first[first.index("class "):].strip().splitlines()
     assert len(body) <= 5
+
+
+def test_ten_lines():
+    "README's first two programs are as short as it says, and end with a fit; what they rest on is imported in them."
+    for heading in ("## Ten lines to a GAN", "## Ten lines to a classifier"):
+        code = BLOCK.search(README.read_text(encoding="utf-8").split(heading + "\n")[1])[1]
+        assert len([line for line in code.splitlines() if line.strip()]) <= 10
+        assert any(line.startswith(("gan.fit(", "learn.fit(")) for line in code.splitlines())
+
+
+def test_commands_of_the_readme_are_there():
+    "Every `trainkit …` and `make …` that README names is one."
+    from trainkit.cli import app
+    blocks = re.findall(r"^```sh\n(.*?)^```$", README.read_text(encoding="utf-8"), re.M | re.S)
+    lines = [line.partition("  #")[0].split() for block in blocks for line in block.splitlines()]
+    known, targets = app().commands, (ROOT / "Makefile").read_text(encoding="utf-8")
+    commands = [line for line in lines if line[0] == "trainkit"]
+    assert {line[1] for line in commands} >= {"runs", "show", "run", "export", "new", "control"}
+    for _, name, *rest in commands:
+        there = {option for parameter in known[name].params for option in parameter.opts}
+        assert {word for word in rest if word.startswith("--")} <= there, name
+    made = [line[1] for line in lines if line[0] == "make"]
+    assert made and all(re.search(rf"^{name}:", targets, re.M) for name in made)
 
 
 def test_the_loop_is_drawn_as_it_is():
@@ -132,7 +171,7 @@ def test_page_of_a_notebook():
     page = docs.page_of(NOTEBOOK, Path("nbs/00_x.ipynb"), {Path("nbs/00_x.ipynb"): Path("nbs/00_x.ipynb")})
     text = "\n".join(map(docs.source, page["cells"]))
     assert "#|" not in text and "secret" not in text and "import torch" not in text
-    assert "Module `trainkit.part.thing`" in text
+    assert "Module `trainkit.part.thing`: [its names, with their arguments](/reference/part.thing.md)" in text
     assert re.findall(r"\{py:(\w+)\} (\S+)", text) == [
         ("data", "trainkit.part.thing.KINDS"), ("class", "trainkit.part.thing.Thing"),
         ("method", "trainkit.part.thing.Thing.turn"),
@@ -140,6 +179,58 @@ def test_page_of_a_notebook():
     code = [c for c in page["cells"] if c["cell_type"] == "code"]
     assert [c["metadata"]["tags"] for c in code] == [["export"], ["export"], ["hide-input"]]
     assert [o["data"] for o in code[-1]["outputs"]] == [{"text/plain": "2"}]  # a widget needs a kernel
+
+
+TAKING = '''
+def make(
+    path: str | Path,  # where it goes, as <name>
+    *rest: int,  # numbers
+    most: int = 2,  # of them | at most
+    by: "Thing" = None,
+) -> list[int]:  # all
+    "Takes `a|b` and $5 *now*."
+
+
+class Maker(Base):
+    "Makes."
+
+    def __init__(self, size: int):  # in bytes
+        self.size = size  # no argument's
+
+    @property
+    def large(self) -> bool: return self.size > 3
+
+    def both(self, x: int, y: int): ...  # not one argument's
+
+    def _own(self): ...
+'''
+
+
+def test_arguments():
+    made, maker = ast.parse(TAKING).body
+    said = docs.comments(TAKING)
+    assert docs.arguments(made, said) == [
+        docs.Argument("path", "str | Path", "", "where it goes, as <name>"), docs.Argument("*rest", "int", "", "numbers"),
+        docs.Argument("most", "int", "2", "of them | at most"), docs.Argument("by", "Thing", "None")]  # fmt: skip
+    assert docs.summary(made) == ["Takes `a|b` and \\$5 \\*now\\*.", ""]
+    table = docs.argument_table(docs.arguments(made, said))
+    assert table[2] == "| `path` | `str \\| Path` |  | where it goes, as \\<name\\> |" and "of them \\| at most" in table[4]
+    text = "\n".join(docs.class_entry(maker, "trainkit.x.Maker", said))
+    assert "Class {py:obj}`trainkit.x.Maker`, a `Base`." in text and "Maker(size)" in text
+    assert "| `size` | `int` |  | in bytes |" in text and "| `x` | `int` |  |  |" in text
+    assert "### Maker.large" in text and "### Maker.both" in text and "_own" not in text and "large()" not in text
+
+
+def test_the_reference_has_every_name():
+    "What a module says that it has is what its page has headings for, and its functions' docments are in tables."
+    pages = docs.reference_pages([p for p in docs.repository_pages() if p.parent == Path("nbs")])
+    for module in ("learner", "ui.movie", "gan.losses", "callbacks.average"):
+        file = ROOT / "trainkit" / f"{module.replace('.', '/')}.py"
+        told = {*re.findall(r"^## (\w+)$", pages[f"reference/{module}.md"], re.M)}
+        defined = {n.name for n in ast.parse(file.read_text()).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+        assert told == {name for name in defined if not name.startswith("_")}
+    assert "| `seconds` | `float` | `8.0` | how long it takes |" in pages["reference/ui.movie.md"]
+    assert pages["reference/index.md"].count("\n: ") == len(pages) - 1 > 100
 
 
 def test_what_a_notebook_keeps_is_shown():

@@ -16,8 +16,11 @@ import re
 import shutil
 import subprocess
 import sys
+import tokenize
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from html.parser import HTMLParser
+from io import StringIO
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -174,7 +177,8 @@ def page_of(notebook: dict[str, Any], at: Path, pages: dict[Path, Path]) -> dict
             text = relink(source(cell), at, pages)
             cells.append({"cell_type": cell["cell_type"], "metadata": {}, "source": text})
             if n == 0 and module:
-                cells.append({"cell_type": "markdown", "metadata": {}, "source": f"{{.module-line}}\nModule `{module}`"})
+                more = f"[its names, with their arguments](/{reference_place(module)})"
+                cells.append({"cell_type": "markdown", "metadata": {}, "source": f"{{.module-line}}\nModule `{module}`: {more}"})
     language = {"name": "python", "pygments_lexer": "ipython3"}
     return {"cells": cells, "metadata": {"language_info": language}, "nbformat": 4, "nbformat_minor": 4}
 
@@ -199,6 +203,137 @@ def seen(output: dict[str, Any]) -> dict[str, Any] | None:
     if "data" in output:
         return output | {"data": data} if data else None
     return output
+
+
+# --- the reference ------------------------------------------------------------------------------------------------------
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+@dataclass(frozen=True)
+class Argument:
+    "What a function takes, as its source says."
+    name: str
+    kind: str = ""  # its type
+    default: str = ""
+    meaning: str = ""  # the comment behind it
+
+
+def comments(code: str) -> dict[int, str]:
+    "Line -> the comment in it that stands behind code, and isn't for a tool."
+    tokens = [t for t in tokenize.generate_tokens(StringIO(code).readline) if t.type == tokenize.COMMENT]
+    said = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.line[: t.start[1]].strip()}
+    return {line: text for line, text in said.items() if not re.match(r"(fmt|noqa|type)\b", text)}
+
+
+def arguments(node: Function, said: dict[int, str]) -> list[Argument]:
+    "The arguments of a function, docments included: the comment on a line belongs to an argument that is alone there."
+    a, found = node.args, list[Argument]()
+    plain, stars = [*a.posonlyargs, *a.args], {id(a.vararg): "*", id(a.kwarg): "**"}
+    defaults: list[ast.expr | None] = [*[None] * (len(plain) - len(a.defaults)), *a.defaults]
+    pairs = [*zip(plain, defaults), (a.vararg, None), *zip(a.kwonlyargs, a.kw_defaults), (a.kwarg, None)]
+    lines = [arg.lineno for arg, _ in pairs if arg is not None]
+    method = bool(plain) and plain[0].arg in {"self", "cls"}
+    for arg, default in pairs:
+        if arg is None or (method and arg is plain[0]):
+            continue
+        kind = ast.unparse(arg.annotation) if arg.annotation else ""
+        kind = kind.strip("'") if isinstance(arg.annotation, ast.Constant) else kind
+        end = (default or arg).end_lineno or arg.lineno
+        alone = lines.count(arg.lineno) == (1 if arg.lineno != node.lineno else 1 + (plain[:1] != [arg] and method))
+        meaning = said.get(end, "") if alone else ""
+        found.append(Argument(stars.get(id(arg), "") + arg.arg, kind, ast.unparse(default) if default else "", meaning))
+    return found
+
+
+def code_in_table(text: str) -> str:
+    "Code as a cell of a table holds it."
+    return f"`{text}`".replace("|", "\\|") if text else ""
+
+
+def argument_table(found: list[Argument]) -> list[str]:
+    "Arguments as a table; nothing if there are none."
+    rows = [[*map(code_in_table, (a.name, a.kind, a.default)), prose(a.meaning).replace("|", "\\|")] for a in found]
+    lines = [f"| {' | '.join(row)} |" for row in (["argument", "type", "default", "meaning"], 4 * ["---"], *rows)]
+    return [*lines, ""] if found else []
+
+
+def prose(text: str) -> str:
+    "Words of a comment or a docstring as Markdown takes them: what stands in backticks is code, all else is as it is."
+    parts = re.split(r"(`[^`]*`)", " ".join(text.split()))
+    return "".join(part if part.startswith("`") else re.sub(r"([\\`*_<>$\[\]{}])", r"\\\1", part) for part in parts)
+
+
+def summary(node: Function | ast.ClassDef) -> list[str]:
+    "What a definition says of itself."
+    text = prose(ast.get_docstring(node) or "")
+    return [text, ""] if text else []
+
+
+def signed(node: Function, said: dict[int, str], name: str = "") -> list[str]:
+    "The signature of a function, what it gives back, and what it takes."
+    found, gives = arguments(node, said), f" -> {ast.unparse(node.returns)}" if node.returns else ""
+    short = ", ".join(a.name if not a.default else f"{a.name}={a.default}" for a in found)
+    return ["```{code-block} python", f"{name or node.name}({short}){gives}", "```", ""]
+
+
+def class_entry(node: ast.ClassDef, full: str, said: dict[int, str]) -> list[str]:
+    "A class: how it is made, its public methods, a line each, and what they take."
+    functions = [f for f in node.body if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    made = next((f for f in functions if f.name == "__init__"), None)
+    bases = ", ".join(f"`{ast.unparse(base)}`" for base in node.bases)
+    lines = [f"## {node.name}", "", f"Class {{py:obj}}`{full}`{f', a {bases}' if bases else ''}.", "", *summary(node)]
+    fields = [n for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
+    if made is not None:
+        lines += [*signed(made, said, node.name), *argument_table(arguments(made, said))]
+    elif any("dataclass" in ast.unparse(d) for d in node.decorator_list):
+        own = [Argument(ast.unparse(f.target), ast.unparse(f.annotation), ast.unparse(f.value) if f.value else "",
+                        said.get(f.end_lineno or 0, "")) for f in fields]  # fmt: skip
+        lines += argument_table([a for a in own if not a.name.startswith("_")])
+    for f in functions:
+        if not f.name.startswith("_"):
+            lines += [f"### {node.name}.{f.name}", "", *summary(f)]
+            if not any("property" in ast.unparse(d) for d in f.decorator_list):
+                lines += [*signed(f, said), *argument_table(arguments(f, said))]
+    return lines
+
+
+def reference_page(at: Path) -> str:
+    "What a module has for others: signatures, docstrings, and a table of the arguments' docments."
+    cells = json.loads((ROOT / at).read_text(encoding="utf-8"))["cells"]
+    module, (title, about) = module_of(cells), title_of(at)
+    about += "" if about.endswith((".", "!", "?")) else "."
+    lines = [f"# {module}", "", f"{about} The notebook [{title}](/{at}) grows it, with reasons and tests.", ""]
+    for code in (source(c) for c in cells if c["cell_type"] == "code" and "export" in directives(c)):
+        known, said = {full for _, full in definitions(code, module)}, comments(code)
+        for node in ast.parse(code).body:
+            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                continue
+            if (full := f"{module}.{node.name}") not in known:
+                continue
+            if isinstance(node, ast.ClassDef):
+                lines += class_entry(node, full, said)
+            else:
+                lines += [f"## {node.name}", "", f"Function {{py:obj}}`{full}`.", "", *summary(node), *signed(node, said),
+                          *argument_table(arguments(node, said))]  # fmt: skip
+    return "\n".join(lines)
+
+
+def reference_place(module: str) -> Path:
+    "Where a module's page of the reference is, in the site's source."
+    return Path("reference", f"{module.removeprefix('trainkit.')}.md")
+
+
+def reference_pages(modules: list[Path]) -> dict[str, str]:
+    "A page for each module, and one that lists them."
+    made, lines = dict[str, str](), ["# Reference", "", "Every name that a module has for others, with what it takes.", ""]
+    places = list[Path]()
+    for at in modules:
+        if module := module_of(json.loads((ROOT / at).read_text(encoding="utf-8"))["cells"]):
+            places.append(reference_place(module))
+            made[str(places[-1])] = reference_page(at)
+            lines += [f"[`{module}`](/{places[-1]})", f": {title_of(at)[1] or '…'}", ""]
+    return made | {"reference/index.md": "\n".join(lines) + toctree(places)}
 
 
 # --- the pages that are made --------------------------------------------------------------------------------------------
@@ -258,6 +393,7 @@ def made_pages(pages: dict[Path, Path]) -> dict[str, str]:
     about = "Notebooks from beginning to end, with the pictures they were stored with."
     made["tutorials.md"] = list_page("Tutorials", about, tutorials)
     scripts = [pages[p] for p in pages if p.parts[0] == "examples"]
+    made |= reference_pages(modules)
     made["scripts.md"] = "# Tutorials as scripts\n\nThe same work without a notebook.\n" + toctree(scripts, hidden=False)
     return made
 

@@ -2,8 +2,8 @@
 
     python tools/pictures.py [FOLDER]      default: nbs/images
 
-A GAN trains on digits; it is looked at while it runs, paused, in the dark, on a phone's width, stopped, finished, failed, and
-when the notebook is opened again without a kernel.
+A GAN trains on digits; it is looked at while it runs, paused, in the dark, on a phone's width, sent back to a checkpoint,
+stopped, finished, failed, behind the cell with a doctor attached, from another notebook, and when the notebook is opened again.
 """
 from __future__ import annotations
 
@@ -35,7 +35,11 @@ CELLS = (
     "nap['after_batch'] = 0\ngan.fit(epochs=6, schedule='stretch')",
     "gan.add(On('after_batch', lambda learn: learn.step % 64 == 60 and torch.ones(3) @ torch.ones(4)))\n"
     "gan.fit(epochs=3, schedule='stretch')",
+    "from trainkit.gan.doctor import Doctor\ngan.cbs.remove(On)\n"
+    "gan.add(Doctor(), On('after_batch', lambda learn: time.sleep(0.004)))\n"
+    "gan.set('lr', 0.02, player='discriminator')\ngan.fit(steps=20_000, schedule='stretch', background=True)",
 )
+ATTACHED = "import trainkit\nfrom trainkit.ui.dashboard import dashboard\ndashboard(trainkit.attach('runs/digits'))"
 SIZE = {"width": 1040, "height": 1500}
 
 
@@ -48,7 +52,8 @@ def take(where: Path, name: str, area: Any, width: int = 900) -> None:
         image = image.crop((0, 0, image.width, round(error.first.bounding_box()["y"] - area.bounding_box()["y"])))
     if image.width > width:
         image = image.resize((width, round(image.height * width / image.width)), Image.Resampling.LANCZOS)
-    image.quantize(256, dither=Image.Dither.NONE).save(where / f"live_{name}.png", optimize=True)
+    few = image.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)  # others make blue lines green
+    few.save(where / f"live_{name}.png", optimize=True)
     print(f"live_{name}.png", image.size, (where / f"live_{name}.png").stat().st_size // 1000, "KB", flush=True)
 
 
@@ -75,6 +80,13 @@ def steer(notebook: LabPage, page: Any, where: Path) -> None:
     take(where, "narrow", notebook.output(2))
     page.set_viewport_size(SIZE)
     page.wait_for_timeout(1500)
+    saved = shown.area.get_by_label("go to", exact=True)
+    saved.select_option(index=saved.locator("option").count() - 1)
+    shown.press("Restore", "restore")
+    page.wait_for_timeout(1000)
+    shown.press("Resume", "resume")
+    page.wait_for_timeout(8000)
+    take(where, "restored", notebook.output(2))
     shown.press("Stop", "stop")
     expect(shown.area).to_contain_text("stopped at step", timeout=30_000)
     notebook.wait_idle()
@@ -87,19 +99,44 @@ def steer(notebook: LabPage, page: Any, where: Path) -> None:
         take(where, name, notebook.output(index))
 
 
+def behind(lab: Any, notebook: LabPage, page: Any, where: Path) -> None:
+    "A run that trains behind the cell, its doctor, and the same run in another notebook."
+    notebook.run(5, wait=120)
+    shown = Shown(page, notebook.output(5))
+    shown.runs()
+    page.wait_for_timeout(20_000)
+    take(where, "background", notebook.output(5))
+    shown.area.get_by_role("button", name="doctor").or_(shown.area.get_by_role("tab", name="doctor")).first.click()
+    page.wait_for_timeout(2000)
+    take(where, "doctor", notebook.output(5))
+    other = page.context.new_page()
+    other.set_default_timeout(60_000)
+    elsewhere = LabPage(other, lab.address("elsewhere.ipynb"))
+    other.keyboard.press("Control+b")
+    elsewhere.run(0, wait=60)
+    other.wait_for_timeout(6000)
+    take(where, "attached", elsewhere.output(0))
+    other.close()
+    shown.press("Stop", "stop")
+    expect(shown.area).to_contain_text("stopped at step", timeout=30_000)
+
+
 def main(where: Path) -> None:
     "All pictures."
     with tempfile.TemporaryDirectory() as home, serving(Path(home)) as lab, sync_playwright() as playwright:
         nb = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "python3"}})
         nb.cells = [nbformat.v4.new_code_cell(source) for source in CELLS]
         nbformat.write(nb, lab.folder / "digits.ipynb")
+        nb.cells = [nbformat.v4.new_code_cell(ATTACHED)]
+        nbformat.write(nb, lab.folder / "elsewhere.ipynb")
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = browser.new_context(viewport=SIZE, device_scale_factor=1).new_page()
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(300_000)
         notebook = LabPage(page, lab.address("digits.ipynb"))
         page.keyboard.press("Control+b")  # the list of files needs room
         notebook.run(0, wait=120)
         steer(notebook, page, where)
+        behind(lab, notebook, page, where)
         page.keyboard.press("Control+s")
         page.wait_for_timeout(2000)
         page.context.close()
