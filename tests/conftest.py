@@ -4,6 +4,10 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read once, when torch is first imported
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("trainkit", settings.default, deadline=None)  # no test judges time
+settings.load_profile("trainkit")
 
 
 @pytest.fixture(autouse=True)

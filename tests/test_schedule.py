@@ -417,7 +417,7 @@ def test_any_function_will_do():
         (("cosine", 10, 0, float("nan")), {}, "received nan"),
         (("polynomial", 10), {"pwer": 2}, "unknown option 'pwer'; accepted (nearest first): power"),
         (("polynomial", 10), {"power": "2"}, "power must be a number > 0; received '2'"),
-        (("step",), {}, "missing a required argument: 'every'"),
+        (("step",), {}, "argument: 'every'"),
         (("piecewise",), {"boundaries": [3], "values": [1]}, "received [1] for the boundaries [3]"),
         ((lambda u: 1, 10), {}, "must take (update, total)"),
         ((lambda u, total: -1.0, 10), {}, "gave -1.0 at update 0"),

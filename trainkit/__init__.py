@@ -1,12 +1,14 @@
 """Watch, steer, go back: interactive training for PyTorch, at home in Jupyter."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+import typing as _typing
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
+    from pathlib import Path
+
     from .attached import Attached
 
 __version__ = "0.1.0"
+__all__ = ["attach"]
 
 
 def attach(run: "str | Path", wait: "float | None" = None) -> "Attached":

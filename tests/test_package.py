@@ -1,0 +1,172 @@
+"""The package: what tools/wheel.py finds wrong with an sdist or a wheel, and the names that a completion offers.
+
+That the wheel works where nothing else is installed takes a minute and a half: `make wheel`.
+"""
+import importlib
+import inspect
+import io
+import pkgutil
+import subprocess
+import sys
+import tarfile
+import types
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import trainkit
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import wheel  # noqa: E402
+
+MODULES = [found.name for found in pkgutil.walk_packages(trainkit.__path__, "trainkit.")]
+PROJECT = '''
+[project]
+name = "trainkit"
+requires-python = ">=3.10"
+license = "Apache-2.0"
+license-files = ["LICENSE"]
+dependencies = [
+    "torch>=2.10",
+]
+[project.optional-dependencies]
+cli = ["click>=8.1"]
+'''
+METADATA = """\
+Metadata-Version: 2.4
+Name: trainkit
+Version: 0.1.0
+License-Expression: Apache-2.0
+Requires-Python: >=3.10
+Description-Content-Type: text/markdown
+License-File: LICENSE
+Requires-Dist: torch>=2.10
+Provides-Extra: cli
+Requires-Dist: click>=8.1; extra == "cli"
+
+# trainkit – and more
+"""
+INFO = "trainkit-0.1.0.dist-info"
+ENTRY = "[console_scripts]\ntrainkit = trainkit.cli:main\n"
+
+
+@pytest.fixture
+def root(tmp_path):
+    "A small project."
+    files = {"pyproject.toml": PROJECT, "README.md": "# trainkit – and more\n", "trainkit/__init__.py": '__version__ = "0.1.0"\n',
+             "trainkit/cli.py": "", "trainkit/part/one.py": "", "trainkit/py.typed": "", "LICENSE": "", "CHANGELOG.md": "",
+             "MANIFEST.in": "", "examples/quickstart.py": ""}  # fmt: skip
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+def wheel_of(root, **changes):
+    "A wheel as it should be, with files changed, added, or (None) left out."
+    files = {name: "" for name in wheel.package_files(root)}
+    about = {"METADATA": METADATA, "entry_points.txt": ENTRY, "licenses/LICENSE": "", "RECORD": ""}
+    files |= {f"{INFO}/{name}": text for name, text in about.items()}
+    path = root / "x.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, text in (files | changes).items():
+            if text is not None:
+                archive.writestr(name, text)
+    return path
+
+
+def sdist_of(root, *more, without=()):
+    names = {*wheel.package_files(root), *wheel.BESIDE, "examples/quickstart.py", "trainkit.egg-info/SOURCES.txt", *more}
+    path = root / "x.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        for name in names - set(without):
+            archive.addfile(tarfile.TarInfo(f"trainkit-0.1.0/{name}"), io.BytesIO())
+    return path
+
+
+def test_what_is_as_it_should_be(root):
+    assert wheel.wheel_problems(wheel_of(root), root) == []
+    assert wheel.sdist_problems(sdist_of(root), root) == []
+
+
+@pytest.mark.parametrize("name", ["tests/test_x.py", "nbs/00_settings.ipynb", "benchmarks/loop.py", "trainkit/old.py", "x.txt"])
+def test_what_has_no_business_there_is_found(name, root):
+    assert wheel.wheel_problems(wheel_of(root, **{name: ""}), root) == [f"the wheel has {name}"]
+    assert wheel.sdist_problems(sdist_of(root, name), root) == [f"the sdist has {name}"]
+
+
+@pytest.mark.parametrize("name", ["trainkit/py.typed", "trainkit/part/one.py"])
+def test_what_is_missing_is_found(name, root):
+    assert wheel.wheel_problems(wheel_of(root, **{name: None}), root) == [f"the wheel lacks {name}"]
+    assert wheel.sdist_problems(sdist_of(root, without=[name]), root) == [f"the sdist lacks {name}"]
+
+
+@pytest.mark.parametrize("old, new, said", [
+    ("Version: 0.1.0", "Version: 0.2.0", "its version is '0.2.0', not '0.1.0'"),
+    ("Requires-Python: >=3.10", "Requires-Python: >=3.9", "requires-python is '>=3.9'"),
+    ("Requires-Dist: torch>=2.10\n", "", "its requirements is [], not ['torch>=2.10']"),
+    ("torch>=2.10", "torch", "its requirements is ['torch']"),
+    ('Provides-Extra: cli\nRequires-Dist: click>=8.1; extra == "cli"\n', "", "its extras is []"),
+    ("License-Expression: Apache-2.0\n", "", "its licence is None"),
+    ("text/markdown", "text/plain", "README's type is 'text/plain'"),
+    ("and more", "and less", "its README is"),
+    ("Name: trainkit\n", "", "name"),
+    ("License-Expression: Apache-2.0", "License-Expression: whatever", "license"),
+    ("Requires-Python: >=3.10", "Requires-Python: soon", "soon"),
+])  # fmt: skip
+def test_what_it_says_of_itself_is_checked(old, new, said, root):
+    assert METADATA.count(old) == 1
+    found = wheel.wheel_problems(wheel_of(root, **{f"{INFO}/METADATA": METADATA.replace(old, new)}), root)
+    assert len(found) == 1 and found[0].startswith("METADATA") and said in found[0], found
+
+
+def test_a_lost_command_and_a_lost_licence_are_found(root):
+    files = {f"{INFO}/entry_points.txt": "", f"{INFO}/licenses/LICENSE": None}
+    assert [("licence file" in line, "command" in line) for line in wheel.wheel_problems(wheel_of(root, **files), root)] == \
+           [(True, False), (False, True)]  # fmt: skip
+
+
+def test_what_only_an_extra_asks_for():
+    found = wheel.optional(ROOT)
+    assert {"nbdev", "ipykernel", "matplotlib", "click", "accelerate", "pytorch-optimizer"} <= found
+    assert not {"torch", "numpy"} & found
+
+
+def test_a_command_that_fails_is_told_with_what_it_said(tmp_path):
+    env = object.__new__(wheel.Environment)
+    env.work, env.variables = tmp_path, {}
+    assert env.run(sys.executable, "-c", "print(1)") == "1\n"
+    with pytest.raises(wheel.Wrong, match="(?s)exit status 3.*what it said"):
+        env.run(sys.executable, "-c", "print('what it said'); raise SystemExit(3)")
+
+
+@pytest.mark.parametrize("code, said", [("1", "works, or pretends to"), ("import nothing_like_it", "says")])
+def test_what_does_not_name_what_it_lacks_is_found(code, said):
+    def tried(**needing):
+        return subprocess.run([sys.executable, "-c", wheel.MISSED, wheel.json.dumps(needing)], capture_output=True, text=True)
+    assert tried(nothing_like_it="import nothing_like_it", click="raise SystemExit('needs click')").returncode == 0
+    wrong = tried(pandas=code)
+    assert wrong.returncode == 1 and said in wrong.stderr
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+def test_what_the_package_offers():
+    offered = {name for name in dir(trainkit) if not name.startswith("_")}
+    assert offered - {name.split(".")[1] for name in MODULES} == {"attach"} == {*trainkit.__all__}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_offers_what_it_defines(name):
+    "Nothing imported is offered as a module's own, nothing twice, nothing that isn't there, nothing private."
+    module = importlib.import_module(name)
+    offered = getattr(module, "__all__", [])
+    assert len(offered) == len({*offered})
+    for each in offered:
+        thing = getattr(module, each)
+        assert not each.startswith("_") and not isinstance(thing, types.ModuleType), each
+        if inspect.isclass(thing) or inspect.isfunction(thing):
+            assert thing.__module__ == name, f"{each} comes from {thing.__module__}"

