@@ -2,7 +2,7 @@
 
     python examples/scale_out.py                                           # one process
     torchrun --nproc-per-node 2 examples/scale_out.py --into runs/two       # two ranks: the same, but for rounding
-    accelerate launch --multi_gpu examples/scale_out.py                    # a rank for each GPU
+    accelerate launch --multi_gpu --num_processes 2 examples/scale_out.py   # the same
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-endpoint HOST:29500 --rdzv-backend c10d examples/scale_out.py --full
     torchrun --nproc-per-node 4 examples/scale_out.py --into runs/two --resume   # goes on with another number of ranks
 

@@ -3,19 +3,25 @@
 Rank 0 writes what it found to FOLDER/NAME.pt, where the test reads it; `python ranks.py FOLDER NAME…` does the same alone.
 """
 import faulthandler
+import os
+import random
+import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from trainkit.callback import Callback, CancelTurn, On
+from trainkit.callback import Callback, CancelBatch, CancelEpoch, CancelFit, CancelStep, CancelTurn, CancelValidate, On
 from trainkit.callbacks.average import EMA
+from trainkit.callbacks.guards import SkipBadSteps
 from trainkit.callbacks.stopping import EarlyStopping
 from trainkit.distributed import Distributed
 from trainkit.finder import lr_find
 from trainkit.gan.learner import GANLearner
+from trainkit.gan.penalties import GradientPenalty
 from trainkit.learner import Learner
 from trainkit.optim import OptimBuilder
 
@@ -185,6 +191,25 @@ def gan_penalty(folder):
     return gan(folder, penalties=[HalfWay()])
 
 
+def gan_gp(folder):
+    "The usual penalty of WGAN-GP: random places between real and fake, other ones on each rank; a double backward."
+    return gan(folder, penalties=[GradientPenalty()], n_critic=2)
+
+
+class Thawing(Callback):
+    "The first layer stands still for an epoch, and for a step later on."
+
+    def before_batch(self, learn):
+        for p in learn.model[0].parameters():
+            p.requires_grad_(learn.step >= 6 and learn.step != 8)
+
+
+def frozen_turns(folder):
+    learn = learner(dls=loader(), cbs=Thawing(), opt=OptimBuilder("adamw", lr=0.01, weight_decay=0.1))
+    learn.fit(2)
+    return told(learn)
+
+
 def gan_norms(folder):
     return gan(folder, batch_norm=True)
 
@@ -352,12 +377,189 @@ def refused(folder):
     attempt(lambda: learner().fit(1, background=True))
     attempt(lambda: learner(dls=[(X[team.rank :][:4], Y[:4])]).fit(1))
 
-    def cancel(learn):
-        if learn.rank == 1 and learn.step == 2:
-            raise CancelTurn
+    def of(x, **kw):
+        return DataLoader(TensorDataset(x, x[:, :1]), batch_size=4, **kw)
 
-    attempt(lambda: learner(cbs=On("before_turn", cancel)).fit(1))
+    attempt(lambda: learner(dls=of(X[team.rank :])).fit(1))
+    attempt(lambda: learner(dls=of(X + team.rank)).fit(1))
+    attempt(lambda: learner(dls=(loader(), of(X[: 8 + team.rank]))).fit(1))
+    attempt(lambda: learner(dls=DataLoader(TensorDataset(X, Y), batch_size=4, sampler=Own(team.rank))).fit(1))
+    attempt(lambda: learner().validate(of(X[: 8 + team.rank])))
     return team.gather(words)
+
+
+class Own(torch.utils.data.Sampler):
+    "Draws from random numbers that nobody else knows of."
+
+    def __init__(self, seed):
+        self.random = random.Random(seed)
+
+    def __len__(self):
+        return 22
+
+    def __iter__(self):
+        return iter(self.random.sample(range(22), 22))
+
+
+# ------------------------------------------------------------------------------------------------------ one cancels
+
+PLACES = [(CancelTurn, ("before_turn", "after_forward", "after_loss", "after_backward", "before_step", "after_step")),
+          (CancelStep, ("after_loss", "before_backward", "after_backward", "before_step")),
+          (CancelBatch, ("before_batch", "before_turn", "before_step", "after_turn", "after_batch")),
+          (CancelEpoch, ("before_epoch", "before_batch", "after_backward", "after_batch", "cleanup_batch",
+                         "before_validate_batch")),
+          (CancelValidate, ("before_validate", "after_validate_batch")),
+          (CancelFit, ("before_fit", "before_turn", "after_batch", "after_validate", "after_epoch", "after_fit"))]  # fmt: skip
+
+
+class Cancels(Callback):
+    "Cancels once, after some steps: on the last rank, or on all."
+
+    def __init__(self, kind, event, at=2, everybody=False, player=""):
+        self.kind, self.at, self.everybody, self.player, self.done = kind, at, everybody, player, False
+        setattr(self, event, self.cancel)
+
+    def cancel(self, learn):
+        mine = self.everybody or learn.rank == learn.team.size - 1
+        if mine and not self.done and learn.step >= self.at and self.player in ("", getattr(learn.player, "name", "")):
+            self.done = True
+            raise self.kind
+
+
+def cancels(folder):
+    "What one rank cancels, and what all do, at every place."
+    found = {}
+    for kind, events in PLACES:
+        for event in events:
+            for everybody in (False, True) if event in ("before_turn", "after_backward", "after_batch") else (False,):
+                at = 0 if event in ("before_fit", "before_epoch") else 2
+                learn = learner(cbs=Cancels(kind, event, at, everybody))
+                learn.fit(2)
+                found[kind.__name__, event, everybody] = told(learn, updates=learn.players[0].updates)
+    return found
+
+
+def cancels_windows(folder):
+    "The same where turns gather gradients, and where players move at the same time."
+    found = {}
+    for kind, event in [(CancelTurn, "before_turn"), (CancelTurn, "after_backward"), (CancelStep, "after_loss"),
+                        (CancelBatch, "before_batch"), (CancelEpoch, "after_batch")]:  # fmt: skip
+        for everybody in False, True:
+            learn = learner(cbs=Cancels(kind, event, 1, everybody), dls=loader(), accumulate=3)
+            learn.fit(2)
+            found["accumulated", kind.__name__, event, everybody] = told(learn, updates=learn.players[0].updates)
+    for kind, event, who in [(CancelBatch, "before_batch", ""), (CancelBatch, "before_turn", "generator"),
+                             (CancelBatch, "after_turn", "discriminator"), (CancelTurn, "before_turn", "discriminator"),
+                             (CancelTurn, "after_backward", "generator"), (CancelStep, "before_backward", "generator"),
+                             (CancelStep, "before_step", "discriminator"),
+                             (CancelEpoch, "before_step", "generator")]:  # fmt: skip
+        for updates in "alternating", "simultaneous":
+            found[updates, kind.__name__, event, who] = gan(folder, updates=updates, cbs=Cancels(kind, event, 2, False, who))
+    return found
+
+
+def mse_with_a_bomb(pred, y):
+    "Infinite, with a finite gradient, where one sample is in the batch."
+    return (pred - y).square().mean() + torch.where((y == Y[7]).any(), torch.inf, 0.0)
+
+
+def bad_steps(folder):
+    "A step that is bad on one rank is bad."
+    found = {}
+    for accumulate in 1, 2:
+        learn = Learner(net(), loader(), mse_with_a_bomb, "sgd", seed=5, device="cpu", front="none", distributed=DDP,
+                        cbs=SkipBadSteps(), accumulate=accumulate)  # fmt: skip
+        learn.fit(2)
+        found[accumulate] = told(learn, skipped=learn.cbs.get(SkipBadSteps).skipped)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------ endings
+
+
+def anew(k):
+    "Another process group in the same processes, as if they had been started once more."
+    import torch.distributed as dist
+    from accelerate import PartialState
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    PartialState._reset_state()
+    os.environ.update(TORCHELASTIC_USE_AGENT_STORE="False", MASTER_PORT=os.environ["PORTS"].split(",")[k])
+
+
+def at(event, step, do, rank=1):
+    return On(event, lambda learn: do(learn) if learn.rank == rank and learn.step == step else None)
+
+
+def alone_saves(folder):
+    only_first = at("after_batch", 2, lambda learn: learn.save(), 0)
+    learner(run=folder / "alone_saves", save_every="none", accumulate=4, cbs=only_first).fit(2)
+
+
+def alone_validates(folder):
+    learner(cbs=at("after_batch", 3, lambda learn: learn.validate(), 0)).fit(2)
+
+
+def others_do(folder):
+    learn = learner()
+    learn.fit(1) if learn.rank == 0 else learn.predict(VALID)
+
+
+def freezes(folder):
+    learner(cbs=at("before_batch", 3, lambda learn: learn.model[0].requires_grad_(False))).fit(2)
+
+
+class Stream:
+    "Nobody knows how long it is; one batch less on rank 1."
+
+    def __iter__(self):
+        yield from [*DataLoader(TensorDataset(X, Y), batch_size=4)][: 5 - int(os.environ["RANK"])]
+
+
+def ends_early(folder):
+    learner(dls=Stream()).fit(2)
+
+
+def interrupted_looking(folder):
+    learn = learner(cbs=at("before_predict_batch", 0, lambda learn: signal.raise_signal(signal.SIGINT)))
+    learn.predict(DataLoader(VALID, batch_size=3))
+
+
+def interrupted_twice(folder):
+    "The second one comes as the gradients that wait are put together for the last checkpoint."
+    first = at("after_batch", 2, lambda learn: signal.raise_signal(signal.SIGINT))
+    learn = learner(run=folder / "twice", accumulate=4, cbs=first)
+    collect = learn._collect
+
+    def struck(player):
+        if learn.rank == 1 and learn._agreed:
+            signal.raise_signal(signal.SIGINT)
+        collect(player)
+
+    learn._collect = struck
+    learn.fit(2)
+
+
+def too_few(folder):
+    learner(net(norm=True), DataLoader(TensorDataset(X, Y), batch_size=3)).fit(1)
+
+
+ENDINGS = (alone_saves, alone_validates, others_do, freezes, ends_early, interrupted_looking, interrupted_twice, too_few)
+
+
+def endings(folder):
+    "Mistakes that would make ranks wait for each other: what each rank ends with, and after how many seconds."
+    words = {}
+    for k, act in enumerate(ENDINGS):
+        anew(k)
+        began = time.monotonic()
+        try:
+            act(folder)
+            words[act.__name__] = "nothing", 0.0
+        except BaseException as error:
+            words[act.__name__] = f"{type(error).__name__}: {error}", time.monotonic() - began
+    torch.save(words, folder / f"endings.{os.environ['RANK']}.pt")
 
 
 def all_cancel(folder):
@@ -394,8 +596,6 @@ def balances(folder):
 def killed(folder):
     def fault(learn):
         if learn.rank == 1 and learn.step == 3:
-            import os
-
             os.kill(os.getpid(), 9)
 
     return ending(folder, "killed", fault)
@@ -413,14 +613,23 @@ def ending(folder, name, fault):
 def endless(folder):
     "Trains until somebody says stop through the run's folder."
     learn = learner(run=folder / "endless", distributed=Distributed(listen_every=0.05), save_every="none")
+    rates = []
+
+    def look(learn):
+        rate = learn.player.opt.param_groups[0]["lr"]
+        if rate != (rates[-1][1] if rates else 0.1):
+            rates.append((learn.step, rate))
+
+    learn.add(On("before_turn", look))
     learn.fit(steps=10**7)
-    return told(learn, lr=learn.players[0].opt.param_groups[0]["lr"])
+    return told(learn, lr=learn.players[0].opt.param_groups[0]["lr"], changed=rates)
 
 
 SCENARIOS = {f.__name__: f for f in (
-    plain, adamw, accumulated, whole_numbers, random_samples, batches_in_a_list, unused, gan_every, gan_at_once, gan_penalty,
-    gan_norms, looked, averaged, norms, early, stopped_by_one, steered, seldom, saved, resumed, calm, calm_resumed, missing,
-    refused, all_cancel, fails, searches, balances, killed, endless)}  # fmt: skip
+    plain, adamw, accumulated, whole_numbers, random_samples, batches_in_a_list, unused, gan_every, gan_at_once,
+    gan_penalty, gan_gp, frozen_turns, cancels, cancels_windows, bad_steps, endings, gan_norms, looked, averaged, norms,
+    early, stopped_by_one, steered, seldom, saved, resumed, calm, calm_resumed, missing, refused, all_cancel, fails,
+    searches, balances, killed, endless)}  # fmt: skip
 
 
 def main():
@@ -428,9 +637,7 @@ def main():
     folder, *names = sys.argv[1:]
     for name in names:
         found = SCENARIOS[name](Path(folder))
-        from accelerate import PartialState
-
-        if PartialState().is_main_process:
+        if found is not None and os.environ.get("RANK", "0") == "0":
             torch.save(found, Path(folder, f"{name}.pt"))
 
 

@@ -309,7 +309,6 @@ def test_one_transfer_for_an_ordinary_step(monkeypatch):
     learn.player = learn.players[0]
     guard.before_turn(learn)
     learn.loss = F.mse_loss(learn.model(X), Y)
-    guard.before_backward(learn)
     learn.loss.backward()
     reads.clear()
     guard.before_step(learn)

@@ -53,7 +53,7 @@ def test_the_notebook_holds_in_a_kernel_of_its_own(tmp_path, monkeypatch):
 
 
 def test_the_script_is_the_same_code(tmp_path):
-    "Alone, and by torchrun in two processes."
+    "Alone, and in two processes, by torchrun and by Accelerate."
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
     def said(*start: str) -> list[str]:
@@ -65,6 +65,10 @@ def test_the_script_is_the_same_code(tmp_path):
     ((ranks, *two),) = said("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()))
     assert ranks == "2" and alone[0] == two[0] == "63"
     assert all(abs(float(a) - float(b)) < 2e-3 for a, b in zip(alone[1:], two[1:]))
+    plainly = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    plainly += ["--main_process_port", str(free_port())]
+    ((ranks, *same),) = said("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", *plainly)
+    assert ranks == "2" and same == two
 
 
 def test_the_stored_notebook():

@@ -3693,6 +3693,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'trainkit.sharded.blocks_of': ('sharded.html#blocks_of', 'trainkit/sharded.py'),
                                   'trainkit.sharded.cut_alike': ('sharded.html#cut_alike', 'trainkit/sharded.py'),
                                   'trainkit.sharded.cut_like': ('sharded.html#cut_like', 'trainkit/sharded.py'),
+                                  'trainkit.sharded.in_parts': ('sharded.html#in_parts', 'trainkit/sharded.py'),
                                   'trainkit.sharded.made_whole': ('sharded.html#made_whole', 'trainkit/sharded.py'),
                                   'trainkit.sharded.mapped': ('sharded.html#mapped', 'trainkit/sharded.py')},
             'trainkit.shards': { 'trainkit.shards.EveryNth': ('shards.html#everynth', 'trainkit/shards.py'),

@@ -15,6 +15,7 @@ import math
 import os
 import pkgutil
 import platform
+import shutil
 import stat
 import time
 import uuid
@@ -274,6 +275,7 @@ def _remove(path: Path) -> None:
     "Delete a checkpoint; what describes it goes first, so that no description is left for another file of that name."
     for gone in (side := path.with_suffix(".json"), path, side):  # again: a reader may have written it anew
         gone.unlink(missing_ok=True)
+    shutil.rmtree(path.with_suffix(".parts"), ignore_errors=True)  # of one that ranks have written in parts
 
 # %% ../nbs/23_checkpoint.ipynb #bd87be3a
 class Claimed(Shelf):
@@ -448,6 +450,8 @@ def _said_after(path: Path, seq: int) -> bool:
 class Readable(Writable):
     "A shelf whose checkpoints are given back."
 
+    whole: bool = True  # what ranks have written in parts is put together; False: the state says where the parts are
+
     def load(self, which: Which = "last") -> tuple[dict[str, Any], Entry]:
         "The state of a checkpoint, on the CPU, and its entry; CheckpointError names the file and its fault."
         if which != "last" or not len(self):
@@ -472,7 +476,7 @@ class Readable(Writable):
         return [path.stem for path in files if not path.is_file() and _said_after(path, last)]
 
     def _read(self, entry: Entry) -> dict[str, Any]:
-        content = read_checkpoint(entry.path)
+        content = read_checkpoint(entry.path, self.whole)
         try:
             said = json.loads(content["meta"])
             step, run = said.get("step", entry.step), said.get("run", "")

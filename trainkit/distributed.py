@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import pkgutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,41 +20,52 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from .callback import CallbackList, Cancel
+from .callback import (
+    Callback, CallbackList, Cancel, CancelBatch, CancelEpoch, CancelFit, CancelStep, CancelTurn, CancelValidate, On)  # fmt: skip
+from .callbacks.clip import undivided
 from .checkpoint import Entry, Which
 from .commands import Command, check_command
 from .data import describe
-from .device import to_device
+from .device import pick_device, to_device
+from .failure import add_note
 from .evaluate import Gathered
 from .learner import Learner
 from .loop import Jump
 from .metrics import Mean, StatefulMetric
-from .player import Player
+from .player import Player, drop_gradients
 from .seeds import seed_sample
-from .shards import RankSeeded, every_nth, looks_of, my_rows, share_out
+from .shards import RankSeeded, check_data, data_of, every_nth, looks_of, my_rows, share_out
 from .state import AutoSave
 from .team import Deciding, RankError
 
 # %% auto #0
-__all__ = ['SLOTS', 'WISHES', 'ALONE', 'Distributed', 'as_distributed', 'pieces', 'Parcel', 'shows', 'Nowhere', 'Member', 'Alike',
-           'in_front_of', 'Drawing', 'Numbers', 'Joining', 'Turning', 'Owing', 'Hearing', 'Council', 'Heeding',
-           'Wishing', 'Levelling', 'Fitting', 'Beginning', 'stateful', 'put_together', 'sum_of', 'Looking', 'Walking',
-           'Lender', 'Returning', 'Saving', 'Ranked', 'ranked']
+__all__ = ['CANCELS', 'MEETINGS', 'BEHIND', 'SLOTS', 'HEAD', 'WISHES', 'ALONE', 'Distributed', 'as_distributed', 'pieces',
+           'Parcel', 'shows', 'Nowhere', 'Member', 'Alike', 'in_front_of', 'Drawing', 'rank_among', 'own_code',
+           'Meeting', 'Numbers', 'Hearkening', 'Joining', 'Turning', 'Owing', 'Settling', 'Hearing', 'Council',
+           'Heeding', 'Wishing', 'Levelling', 'Fitting', 'Refusing', 'Beginning', 'stateful', 'put_together', 'sum_of',
+           'Sharing', 'Looking', 'Walking', 'Lender', 'Returning', 'Saving', 'Ranked', 'ranked']
 
 # %% ../nbs/65b_distributed.ipynb #cd2b1e2f
 @dataclass(frozen=True)
 class Distributed:
     "How several processes train together."
 
-    mode: str = "ddp"  # every rank has the whole model
+    mode: str = "ddp"  # every rank has the whole model; "fsdp": its part of all parameters (see `trainkit.fsdp`)
     listen_every: float = 0.25  # seconds (about) between two councils: commands and wishes wait for the next one; 0: each step
     timeout: float = 600.0  # seconds that a rank waits for the others before it gives up
     bucket: int = 2**25  # bytes of gradients that travel in one piece
+    wrap: Any = None  # fsdp: what is gathered at a time; None: blocks in a list; module classes; a number of parameters
+    hold: bool = False  # fsdp: what is gathered stays to the end of the turn, as a penalty's double backward needs it
+    checkpoint: str = "single"  # one file, from rank 0; fsdp also "sharded": every rank writes its part
 
     def __post_init__(self) -> None:
-        if self.mode != "ddp":
+        if self.mode not in ("ddp", "fsdp"):
             raise ValueError(f"distributed={self.mode!r} is not there; accepted: 'ddp' (every rank has the whole model: data "
-                             "parallel). Sharded parameters (FSDP) are not supported")  # fmt: skip
+                             "parallel) and 'fsdp' (every rank has its part of the parameters)")  # fmt: skip
+        if self.checkpoint not in ("single", "sharded"):
+            raise ValueError(f"checkpoint={self.checkpoint!r} is not there; accepted: 'single' and 'sharded'")
+        if self.mode == "ddp" and (self.wrap is not None or self.hold or self.checkpoint != "single"):
+            raise ValueError("wrap, hold and checkpoint='sharded' are for sharded parameters: Distributed('fsdp', …)")
         if not (self.listen_every >= 0 and self.timeout > 0 and self.bucket > 0):
             raise ValueError(f"Distributed takes listen_every >= 0, timeout > 0 and bucket > 0; received {self}")
 
@@ -66,7 +78,7 @@ def as_distributed(value: Any) -> Distributed | None:
         return None
     if value is True or isinstance(value, str):
         return Distributed() if value is True else Distributed(value)
-    raise TypeError(f"distributed takes 'ddp', a Distributed(…) or None; received {describe(value)}")
+    raise TypeError(f"distributed takes 'ddp', 'fsdp', a Distributed(…) or None; received {describe(value)}")
 
 # %% ../nbs/65b_distributed.ipynb #37d825fa
 def pieces(tensors: Sequence[Tensor], most: int) -> list[list[Tensor]]:
@@ -135,7 +147,7 @@ class Member(Learner):
     @cached_property
     def team(self) -> Deciding:
         "The ranks that train together."
-        return Deciding(str(self.settings.device).startswith("cpu"), self.how.timeout)
+        return Deciding(pick_device(self.settings.device).type == "cpu", self.how.timeout)
 
     @property
     def rank(self) -> int:
@@ -170,16 +182,24 @@ class Alike(Member):
         super()._place(compile)
         if not self.team.together:
             return
-        if self.device != self.team.device and self.device.type != "cpu":
-            raise ValueError(f"device={self.settings.device!r} is one device for {self.team.size} ranks; say 'auto', and each "
-                             f"has its own (here {self.team.device})")  # fmt: skip
-        shapes = {f"{p.name}.{n}": tuple(t.shape) for p in self.players for n, t in p.named_parameters()}
-        self.team.agree("the parameters that they train", shapes)
-        self.stream.seed = self.team.share(self.stream.seed)  # type: ignore[attr-defined]
+        self.stream.seed = self.team.share(self.stream.seed, "the making of a learner")  # type: ignore[attr-defined]
         share_out(self.stream, self.team)  # type: ignore[arg-type]
-        losses = [t.fn for p in self.players for t in p.terms if isinstance(t.fn, nn.Module)]
-        tops = [*(m for p in self.players for m in p.modules.values()), *losses]
-        self.team.level([*{id(t): t for m in tops for t in (*m.parameters(), *m.buffers())}.values()])
+
+    def _equip(self, settings: Any) -> None:
+        if self.team.together:
+            if self.device != self.team.device and self.device.type != "cpu":
+                raise ValueError(f"device={self.settings.device!r} is one device for {self.team.size} ranks; say 'auto', and "
+                                 f"each has its own (here {self.team.device})")  # fmt: skip
+            shapes = {f"{p.name}.{n}": tuple(t.shape) for p in self.players for n, t in p.named_parameters()}
+            self.team.agree("the parameters that they train", shapes)
+            losses = [t.fn for p in self.players for t in p.terms if isinstance(t.fn, nn.Module)]
+            tops = [*(m for p in self.players for m in p.modules.values()), *losses]
+            self.team.level([*{id(t): t for m in tops for t in (*m.parameters(), *m.buffers())}.values()])
+        self._divide()
+        super()._equip(settings)
+
+    def _divide(self) -> None:
+        "Equal weights are there, optimizers aren't: the moment to give parts of the parameters away."
 
 # %% ../nbs/65b_distributed.ipynb #d399750c
 def in_front_of(cls: type, parts: type, how: Distributed) -> type:
@@ -216,63 +236,150 @@ class Drawing(Alike):
             torch.cuda.manual_seed(seed)
 
 # %% ../nbs/65b_distributed.ipynb #9a6462cc
+CANCELS = (CancelTurn, CancelStep, CancelBatch, CancelValidate, CancelEpoch, CancelFit)  # the later ones prevail
+MEETINGS = {f"{when}_{what}" for when in ("before", "after") for what in ("fit", "epoch", "validate", "test", "predict")}
+BEHIND = {"after_step", "after_turn", "cleanup_turn", "after_batch", "cleanup_batch"}  # the last exchange of a batch, perhaps
+
+
+def rank_among(cancel: Cancel | None) -> int:
+    "A place among `CANCELS`, from 1; 0 for None. TypeError for what ranks can't cancel together."
+    if not cancel:
+        return 0
+    places = [i for i, kind in enumerate(CANCELS, 1) if isinstance(cancel, kind)]
+    if not places:
+        raise TypeError(f"{type(cancel).__name__} was raised on one of several ranks; what they can cancel together: "
+                        f"{', '.join(kind.__name__ for kind in CANCELS)}")  # fmt: skip
+    return places[0]
+
+
+def own_code(cb: Callback) -> bool:
+    "Is it somebody's own callback, of which nobody knows what it decides by?"
+    return isinstance(cb, On) or not type(cb).__module__.startswith("trainkit.")
+
+
+class Meeting(Drawing):
+    "Cancels what any rank cancels."
+
+    _watched: frozenset[str] = frozenset()  # events of a step at which some rank has a callback of somebody's own
+
+    def _could_cancel(self) -> frozenset[str]:
+        return frozenset(event for event in BEHIND | {"before_step"} if any(map(own_code, self.cbs.acting(event))))
+
+    def _common(self, cancel: Cancel | None, what: str) -> Cancel | None:
+        "What all ranks cancel now, if one of them cancels something."
+        with self.ledger.on("other ranks"):
+            most = max(self.team.numbers(mine := rank_among(cancel), what))
+        return cancel if most == mine else CANCELS[most - 1]("another rank has cancelled it")
+
+    def emit(self, event: str) -> None:
+        "Call what acts at `event`; where ranks meet, all of them cancel what one of them cancels."
+        if not self.team.together or not (event in MEETINGS or (event == "before_step" and event in self._watched)):
+            return super().emit(event)
+        cancel = None
+        try:
+            super().emit(event)
+        except Cancel as found:
+            cancel = found
+        if (cancel := self._common(cancel, event)) is not None:
+            raise cancel
+
+# %% ../nbs/65b_distributed.ipynb #7cca800f
 SLOTS = 31  # losses that ride along: the sum, and the first thirty terms
+HEAD = 3 + len(CANCELS)  # before them: samples of the window and of the turn, whether a cancel left the window, the cancels
 
 
-class Numbers(Drawing):
-    "Says what rides along, and reads what has come."
+class Numbers(Meeting):
+    "Says what rides along."
 
     _joined: bool = False  # this turn's exchange is done
     _whose: str = ""  # turn it is
     _from: int = 0  # steps done before it
+    _mover: Player | None = None  # that is
+    _before: int = 0  # turns that were in its window then
+    _owing: list[tuple[Player, bool]] = []  # exchanges still to come in this batch: whose, and do gradients travel?
     _padded: dict[str, int] = {}  # per player, turns of its window that looked at a sample for nothing
 
-    def _numbers(self, weight: float, absent: bool) -> Tensor:
-        turn = 0 if absent or self._late else self._weight
-        found = [] if absent or self._late else [self.loss, *self.losses.values()][:SLOTS]
-        head = torch.tensor([weight, float(absent), turn], dtype=torch.float32, device=self.device)
-        losses = [torch.where(head[2] > 0, t.detach().float() * turn, 0.0).reshape(1) for t in found]
+    def _counts(self, absent: Cancel | None) -> bool:
+        "Has this rank losses to tell?"
+        return not self._late and self.loss is not None and (not absent or isinstance(absent, CancelStep))
+
+    def _head(self, weight: float, absent: Cancel | None = None, turn: float = 0.0) -> Tensor:
+        "The numbers before the losses."
+        place, kept = rank_among(absent), self._mover is None or len(self._mover.window) == self._before
+        said = [weight, turn, bool(absent) and kept, *(i == place for i in range(1, len(CANCELS) + 1))]
+        return torch.tensor([float(number) for number in said], dtype=torch.float32, device=self.device)
+
+    def _numbers(self, weight: float, absent: Cancel | None = None) -> Tensor:
+        found = [self.loss, *self.losses.values()][:SLOTS] if self._counts(absent) else []
+        head = self._head(weight, absent, turn := self._weight if found else 0)
+        losses = [torch.where(head[1] > 0, t.detach().float() * turn, 0.0).reshape(1) for t in found]
         return torch.cat([head, *losses, torch.zeros(SLOTS - len(found), device=self.device)])
 
-    def _read(self, numbers: Tensor, absent: bool) -> None:
-        "What the ranks say of the turn: its losses, over the joint batch; and whether all of them take part."
-        self._joined = True
-        away = round(float(numbers[1]))
-        if 0 < away < self.team.size:
-            raise RankError(f"{away} of {self.team.size} ranks sat out the turn of {self._whose!r}, after step {self._from}, the "
-                            "others didn't: what cancels a turn must decide alike on all ranks")  # fmt: skip
-        if not absent and not self._late:
-            self.loss = numbers[3] / numbers[2]
-            names = [*self.losses][: SLOTS - 1]
-            self.losses = {**self.losses, **{name: numbers[4 + i] / numbers[2] for i, name in enumerate(names)}}
+# %% ../nbs/65b_distributed.ipynb #6daa414c
+class Hearkening(Numbers):
+    "Reads what has come."
 
-    def _join_losses(self, absent: bool = False) -> None:
+    def _read(self, numbers: Tensor, absent: Cancel | None = None) -> None:
+        "What the ranks say of the turn: its losses, over the joint batch; and what they cancel."
+        self._joined = True
+        if self._counts(absent):
+            self.loss = numbers[HEAD] / numbers[1]
+            names = [*self.losses][: SLOTS - 1]
+            self.losses = {**self.losses, **{name: numbers[HEAD + 1 + i] / numbers[1] for i, name in enumerate(names)}}
+        kept, *cancels = numbers[2:HEAD].tolist()
+        if any(cancels):
+            kind = CANCELS[max(i for i, n in enumerate(cancels) if n)]
+            self._cancel_together(kind, kept == self.team.size)
+            raise absent if isinstance(absent, kind) else kind("another rank has cancelled it")
+
+    def _cancel_together(self, kind: type[Cancel], kept: bool) -> None:
+        "All ranks end the turn; where some of them were further than others, what the window has gathered is dropped."
+        player, inside = self._mover, issubclass(kind, (CancelTurn, CancelStep))
+        self._owing = [(other, steps) for other, steps in self._owing if inside and other is not player]
+        if player is not None and not kept:
+            player.window, self._padded[player.name] = [], 0
+            drop_gradients(player)
+            if player in (held := getattr(self, "_held", None) or []):
+                held.remove(player)
+
+    def _join_losses(self, absent: Cancel | None = None) -> None:
         numbers = self._numbers(0, absent)
         with self.ledger.on("other ranks"):
-            self.team.sum([numbers])
+            self.team.sum([numbers], self._exchange)
         self._read(numbers, absent)
 
-# %% ../nbs/65b_distributed.ipynb #290f8930
-class Joining(Numbers):
+    @property
+    def _exchange(self) -> str:
+        return f"the turn of {self._whose!r}, after step {self._from}"
+
+# %% ../nbs/65b_distributed.ipynb #ba1473b2
+class Joining(Hearkening):
     "Averages gradients, losses and running statistics over the ranks."
 
     _ran: list[Tensor] = []  # running statistics
 
     @torch.no_grad()
-    def _join(self, player: Player, absent: bool = False) -> None:
+    def _join(self, player: Player, absent: Cancel | None = None) -> None:
         "The gradients of this player become their mean over the joint batch."
-        mine = [p for p in player.parameters() if p.requires_grad or p.grad is not None]
+        mine = self._travelling(player)
         times, weight = (0.0, 0.0) if absent else self._share(player)
         grads = [torch.zeros_like(p) if p.grad is None or absent else p.grad for p in mine]
         there = torch.tensor([not absent and p.grad is not None for p in mine], dtype=torch.float32, device=self.device)
         ran = [t.detach().float().reshape(-1) * weight for t in self._ran]
         parcel = Parcel(grads, times, torch.cat([self._numbers(weight, absent), there, *ran]), self.how.bucket)
         with self.ledger.on("other ranks"):
-            self.team.sum(parcel.flats)
+            self.team.sum(parcel.flats, self._exchange)
         numbers = parcel.open().clone()
-        self._read(numbers[: 3 + SLOTS], absent)
-        if not absent:
-            self._take_in(player, mine, grads, parcel, numbers)
+        self._read(numbers[: HEAD + SLOTS], absent)
+        self._take_in(player, mine, grads, parcel, numbers)
+
+    def _travelling(self, player: Player) -> list[Any]:
+        "The parameters whose gradients travel."
+        for name, p in player.named_parameters():
+            if p.grad is not None and p.grad.is_sparse:
+                raise ValueError(f"player {player.name!r}: the gradient of {name} is sparse, and between ranks only dense ones "
+                                 "travel: nn.Embedding(…, sparse=False), and an optimizer for dense gradients")  # fmt: skip
+        return [p for p in player.parameters() if p.requires_grad or p.grad is not None]
 
     def _share(self, player: Player) -> tuple[float, float]:
         "What this rank's gradient is multiplied by, and the samples that are in it."
@@ -282,12 +389,12 @@ class Joining(Numbers):
 
     def _take_in(self, player: Player, mine: list[Any], grads: list[Tensor], parcel: Parcel, numbers: Tensor) -> None:
         parcel.unpack(numbers[0])
-        there = numbers[3 + SLOTS : 3 + SLOTS + len(mine)]
+        there = numbers[HEAD + SLOTS : HEAD + SLOTS + len(mine)]
         missing = [i for i, p in enumerate(mine) if p.grad is None]
         for i in missing:
             mine[i].grad = grads[i] if float(there[i]) else None
         sizes = [t.numel() for t in self._ran]
-        for t, part in zip(self._ran, numbers[3 + SLOTS + len(mine) :].div(numbers[0]).split(sizes) if sizes else ()):
+        for t, part in zip(self._ran, numbers[HEAD + SLOTS + len(mine) :].div(numbers[0]).split(sizes) if sizes else ()):
             t.copy_(part.view(t.shape))
         player.window, self._padded[player.name] = [1], 0
 
@@ -296,7 +403,7 @@ class Turning(Joining):
     "Sees to it that every rank takes part in every turn's exchange."
 
     _steps: bool = False  # is a step due at the end of this turn?
-    _owing: list[Player] = []  # players whose turn in this batch is still to come
+    _skipped: CancelStep | None = None  # before its exchange
 
     def _holding(self) -> bool:
         "Are gradients gathered before anybody moves (simultaneous updates)?"
@@ -305,25 +412,36 @@ class Turning(Joining):
     def _take_turn(self, player: Player) -> None:
         if not self.team.together:
             return super()._take_turn(player)
-        self._joined, self._whose, self._owing = False, player.name, [p for p in self._owing if p is not player]
-        self._steps = self._late or (not self._holding() and len(player.window) + 1 >= player.accumulate)
+        self._begin_turn(player, self._late or (not self._holding() and len(player.window) + 1 >= player.accumulate))
         try:
             super()._take_turn(player)
-        except Cancel:
-            self._sit_out(player)
+        except Cancel as cancel:
+            self._pay(player, cancel)
             raise
-        self._sit_out(player)
+        with contextlib.suppress(CancelTurn):
+            self._pay(player, CancelTurn())
 
-    def _sit_out(self, player: Player) -> None:
+    def _begin_turn(self, player: Player, steps: bool) -> None:
+        self._joined, self._skipped, self._steps = False, None, steps
+        self._mover, self._whose, self._before = player, player.name, len(player.window)
+        i = next((i for i, owed in enumerate(self._owing) if owed[0] is player), len(self._owing))
+        self._owing = self._owing[:i] + self._owing[i + 1 :]
+
+    def _pay(self, player: Player, cancel: Cancel | None) -> None:
+        "Take part in the turn's exchange, unless that is done."
         if not self._joined:
-            self._join(player, absent=True) if self._steps else self._join_losses(absent=True)
+            self._join(player, cancel) if self._steps else self._join_losses(cancel)
 
     def _descend(self, player: Player) -> None:
         if self.team.together and player.accumulate > 1:
             padded = self._padded.get(player.name, 0) if player.window else 0
             self._padded[player.name] = padded + (not self._weight)
             self.loss = self.loss if self._weight else self.loss * 0
-        super()._descend(player)
+        try:
+            super()._descend(player)
+        except CancelStep as cancel:
+            self._skipped = cancel
+            raise
 
 # %% ../nbs/65b_distributed.ipynb #d3bd7ac2
 class Owing(Turning):
@@ -335,33 +453,60 @@ class Owing(Turning):
         super()._step(player)
 
     def _record(self, player: Player, lr: float) -> None:
-        if self.team.together and not self._joined:
-            self._sit_out(player) if self._steps else self._join_losses()
+        if self.team.together:
+            with contextlib.suppress(CancelStep):  # the loss of a turn without a step is recorded all the same
+                self._pay(player, self._skipped)
         super()._record(player, lr)
 
     def _scope(self, name: str, body: Callable[[], None], cancel: type[Cancel]) -> bool:
         if name != "batch" or not self.team.together:
             return super()._scope(name, body, cancel)
-        self._owing, self._from = [p for p in self.players if p.due(self.step)], self.step
+        self._from, self._owing = self.step, self._all_owed()
+        found: Cancel | None = None
         try:
-            done = super()._scope(name, body, cancel)
-        except Cancel:
-            self._settle()
-            raise
-        self._settle()
-        return done
+            if not super()._scope(name, body, cancel):
+                found = CancelBatch()
+        except Cancel as other:
+            found = other
+        found = self._settle(found)
+        if self._watched & BEHIND:
+            found = self._common(found, f"the end of step {self._from + 1}")
+        if found is not None and not isinstance(found, cancel):
+            raise found
+        return found is None
 
-    def _settle(self) -> None:
+    def _settle(self, cancel: Cancel | None) -> Cancel | None:
+        raise NotImplementedError
+
+    def _all_owed(self) -> list[tuple[Player, bool]]:
+        "The exchanges of a batch that begins, in order."
+        due = [(p, len(p.window) + 1 >= p.accumulate) for p in self.players if p.due(self.step)]
+        if getattr(self, "updates", "") != "simultaneous":
+            return due
+        return [(p, False) for p, _ in due] + [(p, True) for p, steps in due if steps]
+
+# %% ../nbs/65b_distributed.ipynb #b00dc879
+class Settling(Owing):
+    "Settles what it owes."
+
+    def _settle(self, cancel: Cancel | None) -> Cancel | None:
+        "Take part in the next exchange that is owed, and so in what all ranks make of it; what that is."
         while self._owing:
-            player = self._owing.pop(0)
-            self._joined, self._whose, self._steps = False, player.name, len(player.window) + 1 >= player.accumulate
-            self._sit_out(player)
+            player, steps = self._owing[0]
+            self._begin_turn(player, steps)
+            try:
+                self._pay(player, cancel or CancelTurn())
+            except CancelTurn:
+                continue
+            except Cancel as found:
+                return found
+        return cancel
 
 # %% ../nbs/65b_distributed.ipynb #2f5d5e23
 WISHES = ("", "epoch", "stopped", "interrupted")  # the later ones prevail
 
 # %% ../nbs/65b_distributed.ipynb #a0c7d37e
-class Hearing(Owing):
+class Hearing(Settling):
     "Hears, on rank 0, what everybody is to do."
 
     _wish: str = ""  # of this rank, for the next council
@@ -416,13 +561,15 @@ class Council(Hearing):
         sent = [(c.name, c.values, c.source, c.id) for c in commands]
         stand = {"step": self.step, "epoch": self.epoch, "updates": {p.name: p.updates for p in self.players}}
         with self.ledger.on("other ranks"):
-            said = self.team.gather((self._wish, stand, sent, self._until_next()))
-        for other, (_, theirs, _, _) in enumerate(said):
+            mine = self._wish, stand, sent, self._until_next(), self._could_cancel()
+            said = self.team.gather(mine, "a council between steps")
+        for other, (_, theirs, *_) in enumerate(said):
             if theirs != said[0][1]:
                 raise RankError(f"the ranks have parted: rank 0 stands at {said[0][1]}, rank {other} at {theirs}. Something "
                                 "(a callback, a guard) has decided by what only its rank sees")  # fmt: skip
         self._next_council, self._last_council = self.step + said[0][3], (self.step, time.monotonic())
-        self._grant(max((wish for wish, _, _, _ in said), key=WISHES.index))
+        self._watched = frozenset().union(*(watched for *_, watched in said))
+        self._grant(max((wish for wish, *_ in said), key=WISHES.index))
         for command in commands or [Command(name, values, source, None, id) for name, values, source, id in said[0][2]]:
             self._carry_out(command)
 
@@ -510,7 +657,7 @@ class Levelling(Wishing):
         "What isn't averaged in each step is made rank 0's."
         averaged = {id(t) for t in self._ran}
         rest = {id(t): t for m in self.modules() for n, t in m.named_buffers(recurse=False) if n != "num_batches_tracked"}
-        self.team.level([t for key, t in rest.items() if key not in averaged])
+        self.team.level([t for key, t in rest.items() if key not in averaged], "the levelling of buffers")
 
 # %% ../nbs/65b_distributed.ipynb #8ae31571
 ALONE = {"Probe": "lr_find judges each rate by the loss at hand", "BoundaryEquilibrium": "BEGAN balances by the energies at hand"}
@@ -519,22 +666,41 @@ ALONE = {"Probe": "lr_find judges each rate by the loss at hand", "BoundaryEquil
 class Fitting(Levelling):
     "Fits that begin and end together."
 
+    _over: bool = False  # the fit has come to its end, the last callback behind it
+
     def _fit(self, target: Any, asked: dict[str, Any]) -> None:
-        self._agreed, self._wish = False, ""
+        self._agreed, self._wish, self._over = False, "", False
         try:
             super()._fit(target, asked)
         except RankError:
             raise
         except BaseException as error:
-            if self.team.together and not (isinstance(error, KeyboardInterrupt) and self._agreed):
-                self.team.fail(f"{type(error).__name__}: {error}")
+            if not (isinstance(error, KeyboardInterrupt) and self._agreed and self._over):  # a second one cuts in anywhere
+                self._tell(error)
             raise
+
+    def _tell(self, error: BaseException) -> None:
+        "Let the others end with this rank's error."
+        if not self.team.together:
+            return
+        if "more than 1 value per channel" in str(error):
+            add_note(error, f"(batch norm needs two samples on each rank: batches of at least {2 * self.team.size}, the last one "
+                            "of an epoch, too: drop_last=True)")  # fmt: skip
+        self.team.fail("\n".join([f"{type(error).__name__}: {error}".removesuffix(": "), *getattr(error, "__notes__", [])[-1:]]))
+
+    def _end_fit(self) -> None:
+        super()._end_fit()
+        self._over = True
 
     def _fit_behind(self, target: Any, asked: dict[str, Any]) -> None:
         if self.team.size > 1:
             raise ValueError("fit(background=True) and several ranks: they train in the foreground; look on, and steer, from "
                              "elsewhere: trainkit.attached.attach(run)")  # fmt: skip
         super()._fit_behind(target, asked)
+
+# %% ../nbs/65b_distributed.ipynb #ffbf70e2
+class Refusing(Fitting):
+    "Refuses what ranks can't do."
 
     def _prepare(self, target: Any) -> None:
         super()._prepare(target)
@@ -544,20 +710,31 @@ class Fitting(Levelling):
         for name, why in ALONE.items():
             if self.team.size > 1 and self.cbs.get(name) is not None:
                 raise ValueError(f"{name} and several ranks: {why}, which differs from rank to rank; do that in one process")
+        self._check_layers()
         if self.team.size > 1 and norms and self.cbs.get("SWA") is not None:
             raise ValueError("SWA recomputes the statistics of batch norm, which is not done over several ranks; take EMA, or "
                              "layers without running statistics")  # fmt: skip
 
-# %% ../nbs/65b_distributed.ipynb #ffbf70e2
-class Beginning(Fitting):
+    def _check_layers(self) -> None:
+        for name, m in ((n, m) for p in self.players for top in p.modules.values() for n, m in top.named_modules()):
+            if isinstance(m, nn.SyncBatchNorm) and self.device.type == "cpu":
+                raise ValueError(f"{name or 'the model'} is a SyncBatchNorm, which torch has for GPUs only: on the CPU take "
+                                 "BatchNorm (each rank normalises with its own part of the batch)")  # fmt: skip
+            if self.team.size > 1 and isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse:
+                raise ValueError(f"{name or 'the model'} is an {type(m).__name__} with sparse=True, and between ranks only dense "
+                                 "gradients travel: sparse=False, and an optimizer for dense gradients")  # fmt: skip
+
+# %% ../nbs/65b_distributed.ipynb #7ae1916e
+class Beginning(Refusing):
     "Fits that begin alike."
 
     def _run(self) -> None:
         if self.team.together:
-            self._listeners = () if self.team.rank else self._listeners
-            weights = {p.name: float(sum(w.detach().double().sum() for w in p.parameters())) for p in self.players}
+            check_data(self.team, {"train": self.loaders.train, **self.loaders.valid})
+            weights = {p.name: float(undivided(sum(w.detach().double().sum() for w in p.parameters()))) for p in self.players}
             updates = {p.name: p.updates for p in self.players}
             self.team.agree("where they begin", (self.step, self.epoch, str(self._asked), updates, weights))
+            self._watched = frozenset().union(*self.team.gather(self._could_cancel(), "the beginning of a fit"))
             self._next_council, self._last_council, self._stride = self.step, (self.step, time.monotonic()), 1
         super()._run()
 
@@ -581,7 +758,7 @@ def put_together(gathered: Gathered, team: Deciding) -> None:
     "What the ranks have gathered becomes what one of them would have."
     means = {name: (float(m.total), m.weight) for name, m in gathered.means.items()}
     own = [m.mean for m in gathered.metrics.metrics if not isinstance(m, StatefulMetric)]  # type: ignore[attr-defined]
-    said = team.gather((means, [(float(m.total), m.weight) for m in own], gathered.looked))
+    said = team.gather((means, [(float(m.total), m.weight) for m in own], gathered.looked), "the end of an evaluation")
     names = dict.fromkeys(name for theirs, _, _ in said for name in theirs)
     gathered.means = {name: sum_of(theirs[name] for theirs, _, _ in said if name in theirs) for name in names}
     for i, mean in enumerate(own):
@@ -598,10 +775,55 @@ def sum_of(parts: Iterable[tuple[float, float]]) -> Mean:
     return mean
 
 # %% ../nbs/65b_distributed.ipynb #614a4729
-class Looking(Beginning):
+class Sharing(Beginning):
+    "Shares out what is looked at, and tells of errors."
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        "Inside, an error or an interrupt of one rank is everybody's."
+        try:
+            yield
+        except (RankError, Cancel):
+            raise
+        except BaseException as error:
+            if not self._fitting:  # a fit tells it by itself
+                self._tell(error)
+            raise
+
+    def _measure(self, *how: Any) -> dict[str, float]:
+        with self._telling():
+            return super()._measure(*how)
+
+    def predict(self, dl: Any) -> Any:
+        "The predictions for every batch of `dl`, in order, on the CPU and on all ranks, which call it together."
+        with self._telling():
+            return super().predict(dl)
+
+    def _shared_state(self, loader: Any) -> Tensor:
+        "Rank 0's random state, once all ranks are known to look at as much."
+        state = torch.get_rng_state() if self.team.rank == 0 else None
+        said = self.team.gather((data_of(loader), state), f"an evaluation on {self.loader!r}")
+        if any(words != said[0][0] for words, _ in said):
+            raise RankError(f"the ranks differ in the loader {self.loader!r}: "
+                            + "; ".join(f"rank {i}: {words}" for i, (words, _) in enumerate(said)))  # fmt: skip
+        return said[0][1]
+
+    def _batches(self, loader: Iterable[Any]) -> Iterator[tuple[int | None, Any]]:
+        "The batches that this rank looks at, with their numbers."
+        return every_nth(loader, self.team.rank, self.team.size, self._shared_state(loader))
+
+    def _heard_all(self, what: str, mine: Any, cancel: Cancel | None) -> list[Any]:
+        "What each rank has; if one of them cancels something, all do."
+        said = self.team.gather((mine, place := rank_among(cancel)), f"the {what} of {self.loader!r}")
+        if most := max(theirs for _, theirs in said):
+            raise cancel if cancel is not None and most == place else CANCELS[most - 1]("another rank has cancelled it")
+        return [part for part, _ in said]
+
+# %% ../nbs/65b_distributed.ipynb #a5acd51e
+class Looking(Sharing):
     "Looks at a rank's batches."
 
-    def _look_at(self, what: str, told: tuple[int, Any], step: Callable, gathered: Any, mine: list) -> Any:
+    def _look_at(self, what: str, told: tuple[int | None, Any], step: Callable, gathered: Any, mine: list) -> Any:
         "One batch, as everywhere; what the metrics see of it."
         i, batch = told
         self.pred = None
@@ -620,9 +842,9 @@ class Looking(Beginning):
         self.emit(f"after_{what}_batch")
         return to_device((pred, targets), cpu)
 
-    def _show(self, wanting: list[StatefulMetric], seen: Any) -> bool:
+    def _show(self, wanting: list[StatefulMetric], seen: list[Any]) -> bool:
         "Show everybody's batches of this round to the metrics; False when there was none."
-        round_ = [part for part in self.team.gather(seen) if part is not None]
+        round_ = [part for part in seen if part is not None]
         for pred, targets in round_:
             for metric in wanting if pred is not None else ():
                 metric.update(pred, targets, 1)
@@ -630,7 +852,8 @@ class Looking(Beginning):
 
     def _finish_walk(self, gathered: Any, wanting: list[StatefulMetric], mine: list, done: Callable[[Any], None]) -> None:
         if gathered is None or gathered.outputs is not None:
-            every = sorted((pair for part in self.team.gather(mine) for pair in part), key=lambda pair: pair[0])
+            found = self.team.gather(mine, "the outputs of an evaluation")
+            every = sorted((pair for part in found for pair in part), key=lambda pair: pair[0])
             for _, output in every:
                 done(output) if gathered is None else gathered.outputs.append(output)
         if gathered is not None:
@@ -638,21 +861,13 @@ class Looking(Beginning):
             gathered.metrics.metrics += wanting
             gathered.looked = gathered.looked or any(m.seen for m in wanting)
 
-# %% ../nbs/65b_distributed.ipynb #a5acd51e
+# %% ../nbs/65b_distributed.ipynb #b5b65331
 class Walking(Looking):
     "Validates, tests and predicts with all ranks."
 
     def _walk(self, what: str, loader: Iterable[Any], step: Callable[[Any], Any], done: Callable[[Any], None]) -> None:
-        if not self.team.together:
-            return super()._walk(what, loader, step, done)
-        try:
-            self._walk_together(what, loader, step, done)
-        except (RankError, Cancel):
-            raise
-        except Exception as error:
-            if not self._fitting:  # a fit tells it by itself
-                self.team.fail(f"{type(error).__name__}: {error}")
-            raise
+        walk = self._walk_together if self.team.together else super()._walk
+        walk(what, loader, step, done)
 
     def _walk_together(self, what: str, loader: Iterable[Any], step: Callable, done: Callable[[Any], None]) -> None:
         gathered: Any = getattr(getattr(done, "func", None), "__self__", None)  # what adds up; None for predictions
@@ -660,19 +875,22 @@ class Walking(Looking):
         if wanting:
             gathered.metrics.metrics = [m for m in gathered.metrics.metrics if m not in wanting]
         mine: list[tuple[int, Any]] = []
-        batches, count = every_nth(loader, self.team.rank, self.team.size, self.team.share(torch.get_rng_state())), 0
-        while (told := next(batches, None)) is not None or wanting:
-            seen = None if told is None else self._look_at(what, told, step, gathered, mine)
-            count += told is not None
-            if wanting and not self._show(wanting, seen):
+        batches, count, cancel = self._batches(loader), 0, None
+        while cancel is None and ((told := next(batches, None)) is not None or wanting):
+            seen, count = None, count + (told is not None)
+            try:
+                seen = None if told is None else self._look_at(what, told, step, gathered, mine)
+            except Cancel as found:
+                cancel = found
+            if wanting and not self._show(wanting, self._heard_all(what, seen, cancel)):
                 break
-        if not any(self.team.gather(count)):
+        if not any(self._heard_all(what, count, cancel)):
             raise ValueError(f"the {what} loader {self.loader!r} is empty: it gave no batch")
         self._finish_walk(gathered, wanting, mine, done)
 
     def record(self, found: Mapping[str, float]) -> None:
         "Put results into the history: rank 0's, on all ranks, so that what follows them moves alike."
-        super().record(self.team.share(dict(found)))
+        super().record(self.team.share(dict(found), "the recording of results"))
 
 # %% ../nbs/65b_distributed.ipynb #f743c897
 class Lender:
@@ -683,7 +901,7 @@ class Lender:
 
     def load(self, which: Which) -> tuple[dict[str, Any], Entry]:
         "The state of a checkpoint, and its entry."
-        return self.team.from_first(lambda: self.store.load(which))
+        return self.team.from_first(lambda: self.store.load(which), "restore()")
 
 
 class Returning(Walking):
@@ -725,7 +943,7 @@ class Saving(Returning):
     def _collect(self, player: Player) -> None:
         "Gradients that wait for more turns, of all ranks, become rank 0's."
         turns, late, self._late = len(player.window), self._late, True
-        weights = self.team.gather(self._share(player)[1])
+        weights = self.team.gather(self._share(player)[1], "save(), as gradients wait for more turns")
         try:
             self._join(player)
         finally:
@@ -762,4 +980,6 @@ class Ranked(Saving):
 def ranked(cls: type, distributed: Any) -> type:
     "The class of a learner that trains as `distributed` says; the class itself for None."
     how = as_distributed(distributed)
-    return cls if how is None or issubclass(cls, Ranked) else in_front_of(cls, Ranked, how)
+    if how is None or issubclass(cls, Ranked):
+        return cls
+    return in_front_of(cls, Ranked if how.mode == "ddp" else pkgutil.resolve_name("trainkit.fsdp:Sharded"), how)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -18,12 +19,14 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from .data import batch_size_of, describe, generators_of
-from .seeds import Places, Seeded, SeededStream, Ticket, Tickets, innermost, obstacle
+from .identity import data_of
+from .seeds import (
+    Places, Seeded, SeededDataset, SeededStream, Ticket, Tickets, innermost, is_plain, obstacle)  # fmt: skip
 from .team import Deciding
 
 # %% auto #0
-__all__ = ['part_of', 'RankPlaces', 'RankTickets', 'RankSeeded', 'rows_of', 'my_rows', 'looks_of', 'check_shareable', 'share_out',
-           'EveryNth', 'every_nth']
+__all__ = ['part_of', 'RankPlaces', 'RankTickets', 'RankSeeded', 'rows_of', 'my_rows', 'looks_of', 'ends_of', 'check_data',
+           'check_shareable', 'share_out', 'EveryNth', 'every_nth']
 
 # %% ../nbs/65a_shards.ipynb #28c8d1d0
 def part_of(
@@ -44,11 +47,13 @@ class RankPlaces(Places):
         super().__init__(tickets)
         self.rank, self.size = tickets.rank, tickets.size
         self.sizes: deque[int] = deque()  # of the parts that were taken and not yet asked for
+        self.first: list[Any] = []  # the samples of the first batch
 
     def begin(self) -> None:
         "Draw the first indices now, while random numbers are everybody's."
         if not self.asked:
-            self.it = itertools.chain([*itertools.islice(self.it, 1)], self.it)
+            ahead = [*itertools.islice(self.it, 1)]
+            self.first, self.it = [*ahead[0]] if ahead else [], itertools.chain(ahead, self.it)
 
     def catch_up(self) -> None:
         if self.place < self.skip:
@@ -58,6 +63,7 @@ class RankPlaces(Places):
     def _take(self) -> Any:
         ticket = super()._take()
         index = [*(ticket.index if isinstance(ticket, Ticket) else ticket)]
+        self.first = self.first or index
         mine = part_of(len(index), self.rank, self.size)
         self.sizes.append(mine.stop - mine.start)
         mine = mine if self.sizes[-1] else slice(0, 1)
@@ -94,10 +100,13 @@ class RankSeeded(Seeded):
         if k or not self.team.together:
             return super().open(k)
         with self.team.as_first(generators_of(self.loader)):
-            it = super().open(0)
-            if isinstance(self.tickets.places, RankPlaces):
-                self.tickets.places.begin()
-            return it
+            it, places = super().open(0), self.tickets.places
+            if isinstance(places, RankPlaces):
+                places.begin()
+        first = repr(places.first if isinstance(places, RankPlaces) else "").encode()
+        self.team.agree("the samples that an epoch begins with (does the sampler draw from random numbers of its own?)",
+                        (first[:40].decode(errors="replace"), zlib.crc32(first)))  # fmt: skip
+        return it
 
     def weight(self) -> int:
         "How many samples of the joint batch are in the batch that was just made; asked once for each."
@@ -135,11 +144,35 @@ def looks_of(batch: Any) -> tuple[str, float]:
     def add(x: Any) -> None:
         if isinstance(x, (Tensor, np.ndarray)):
             found.append(float(torch.as_tensor(x).double().nan_to_num().sum()) if np.prod(x.shape) else 0.0)
+        if isinstance(x, (int, float)):
+            found.append(float(x))
         for item in x.values() if isinstance(x, Mapping) else x if isinstance(x, (tuple, list)) else ():
             add(item)
 
     add(batch)
     return describe(batch), sum(found)
+
+# %% ../nbs/65a_shards.ipynb #354e03c5
+def ends_of(loader: Any) -> Any:
+    "What a loader's first and last sample look like, random transforms held still; None where that can't be told in passing."
+    data = getattr(loader, "dataset", None)
+    data = data.dataset if isinstance(data, SeededDataset) else data
+    workers: int = getattr(loader, "num_workers", 0)
+    if data is None or not hasattr(data, "__getitem__") or (workers and not is_plain(data)):
+        return None
+    try:
+        ends = Ticket([0, len(data) - 1], [1, 2, 3], 0)
+        twice = [[looks_of(sample) for sample in SeededDataset(data, list).__getitems__(ends)] for _ in range(2)]
+    except Exception:  # its indices are something else, say names; whatever is wrong will be told in training
+        return None
+    return twice[0] if twice[0] == twice[1] else None  # it is made anew each time
+
+
+def check_data(team: Deciding, loaders: Mapping[str, Any]) -> None:
+    "RankError unless all ranks have as much data, and the same at its ends."
+    for name, loader in loaders.items():
+        team.agree(f"their {name} data", data_of(loader))
+        team.agree(f"the first and the last sample of their {name} data", ends_of(loader))
 
 # %% ../nbs/65a_shards.ipynb #e7e0f953
 def check_shareable(loader: Any, name: str) -> None:

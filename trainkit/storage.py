@@ -11,6 +11,7 @@ import math
 import mmap
 import os
 import pickletools
+import pkgutil
 import re
 import threading
 import time
@@ -402,11 +403,15 @@ def load_content(path: Path, mapped: bool = False) -> dict[str, Any]:
 
 def read_checkpoint(
     path: Path,  # a checkpoint file
+    whole: bool = True,  # if it has parts beside it (see `trainkit.converter`): put them together
 ) -> dict[str, Any]:  # "state", "meta" (JSON) and "format"
     "The content of a file that has been checked byte for byte; CheckpointError names file and fault."
     if fault := fault_of(path):
         raise CheckpointError(f"cannot read {path}: {fault}")
-    return load_content(path)
+    content = load_content(path)
+    if isinstance(content["state"], dict) and "parts" in content["state"]:
+        return pkgutil.resolve_name("trainkit.converter:with_parts")(path, content, whole)
+    return content
 
 # %% ../nbs/22a_storage.ipynb #68a6fff2
 HARMFUL = re.compile(r"(builtins|__builtin__) bytearray")  # of the names that torch lets through

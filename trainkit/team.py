@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -19,7 +20,7 @@ from torch import Tensor
 from .device import preserve_rng, rng_state, set_rng_state
 
 # %% auto #0
-__all__ = ['engine', 'RankError', 'Failing', 'Team', 'Talking', 'Deciding']
+__all__ = ['engine', 'RankError', 'Failing', 'Team', 'Checked', 'Talking', 'Deciding']
 
 # %% ../nbs/65_team.ipynb #03e72654
 def engine(
@@ -51,13 +52,13 @@ class Failing:
     store: Any = None  # the key-value store of the process group
     broken: str = ""  # why there is nobody to talk to any more
 
-    def fail(self, why: str) -> None:
-        "Tell the others why this rank ends, and let go of them."
+    def fail(self, why: str, word: str = "") -> None:
+        "Tell the others why this rank ends (or another `word`), and let go of them."
         if self.size == 1 or self.broken:
             return
         self.broken = f"this rank has failed before: {why}"
         with suppress(RuntimeError):  # the store may be gone with rank 0
-            self.store.compare_set("trainkit/failed", "", f"rank {self.rank} failed: {why}")
+            self.store.compare_set("trainkit/failed", "", word or f"rank {self.rank} failed: {why}")
             self._leave()
 
     def _leave(self) -> None:
@@ -77,7 +78,9 @@ class Failing:
                 while not said and time.monotonic() < end:
                     said = self.store.get("trainkit/failed").decode() if self.store.check(["trainkit/failed"]) else ""
                     time.sleep(0 if said else 0.02)
-            self.broken = said or f"a rank was lost without a word (killed, or out of memory?): {str(error).split('. ')[0]}"
+            why = str(error).split(". ")[0].splitlines()[0]
+            lost = "a rank was lost without a word (killed, perhaps for want of memory, or its program is over)"
+            self.broken = said or f"{lost}: {why}"
             with suppress(RuntimeError):
                 self._leave()
         return RankError(f"rank {self.rank} can't go on: {self.broken}")
@@ -117,6 +120,8 @@ class Team(Failing):
             raise RankError(f"rank {self.rank} can't go on: {self.broken}")
         try:
             yield
+        except RankError:
+            raise
         except (RuntimeError, ValueError) as error:  # what torch raises for a closed connection, and for a closed group
             raise self.lost(error) from error
 
@@ -124,38 +129,76 @@ class Team(Failing):
         return f"rank {self.rank} of {self.size} on {self.device}"
 
 # %% ../nbs/65_team.ipynb #3ca02d3b
-class Talking(Team):
+class Checked(Team):
+    "A team that notices when its ranks are in different calls."
+
+    def __init__(self, cpu: bool = False, timeout: float = 600.0):
+        super().__init__(cpu, timeout)
+        self._call, self._known = 0, set[tuple[int, ...]]()  # calls so far; the sizes of sums that all ranks have made
+
+    def _part(self, rank: int, theirs: str, what: str) -> None:
+        said = (f"the ranks are in different calls: rank {rank} in {theirs}, rank {self.rank} in {what}. What ranks do "
+                "together (fit, validate, test, predict, restore, save), all of them must call")  # fmt: skip
+        self.fail(said, word=said)
+        raise RankError(said)
+
+    def numbers(self, number: int, what: str = "a comparison of numbers") -> list[int]:
+        "Every rank's number (from 0 up to 32 bits), in their order; RankError unless all ranks are in the same call."
+        if not self.together:
+            return [number]
+        self._call += 1
+        mine = torch.tensor([(zlib.crc32(what.encode()) >> 1) << 32 | number], device=self.device)
+        found = [torch.empty_like(mine) for _ in range(self.size)]
+        with self._asking():
+            dist.all_gather(found, mine)
+            heads = torch.cat(found).tolist()
+            for rank, head in enumerate(heads):
+                if head >> 32 != heads[self.rank] >> 32:
+                    self.store.set(f"trainkit/at/{self._call}/{self.rank}", what)
+                    self._part(rank, self.store.get(f"trainkit/at/{self._call}/{rank}").decode(), what)
+        return [head & 0xFFFFFFFF for head in heads]
+
+# %% ../nbs/65_team.ipynb #b2fac314
+class Talking(Checked):
     "A team that talks."
 
-    def sum(self, tensors: Sequence[Tensor]) -> None:
+    def sum(self, tensors: Sequence[Tensor], what: str = "a sum") -> None:
         "Make each tensor its sum over the ranks, in place; all of them travel at once."
-        if self.together:
-            self.calls, self.bytes = self.calls + len(tensors), self.bytes + sum(t.nbytes for t in tensors)
-            with self._asking():
-                for work in [dist.all_reduce(t, async_op=True) for t in tensors]:
-                    work.wait()
+        if not self.together:
+            return
+        sizes = tuple(t.nbytes for t in tensors)
+        if self.device.type == "cpu" or sizes not in self._known:
+            self.numbers(0, f"{what} ({sum(sizes)} bytes)")
+            self._known.add(sizes)
+        self.calls, self.bytes = self.calls + len(tensors), self.bytes + sum(sizes)
+        with self._asking():
+            for work in [dist.all_reduce(t, async_op=True) for t in tensors]:
+                work.wait()
 
-    def gather(self, thing: Any) -> list[Any]:
+    def gather(self, thing: Any, what: str = "a gathering") -> list[Any]:
         "What each rank has, in their order; a small object that can be pickled."
         if not self.together:
             return [thing]
         from accelerate.utils import gather_object
 
+        self.numbers(0, what)
         with self._asking():
             return gather_object([thing])
 
-    def share(self, thing: Any) -> Any:
+    def share(self, thing: Any, what: str = "what rank 0 hands out") -> Any:
         "What rank 0 has; what the others give is dropped."
         if not self.together:
             return thing
         from accelerate.utils import broadcast_object_list
 
+        self.numbers(0, what)
         with self._asking():
             return broadcast_object_list([thing if self.rank == 0 else None], from_process=0)[0]
 
-    def level(self, tensors: Sequence[Tensor]) -> None:
+    def level(self, tensors: Sequence[Tensor], what: str = "tensors of rank 0") -> None:
         "Make each tensor what it is on rank 0, in place."
         if self.together:
+            self.numbers(0, what)
             with self._asking(), torch.no_grad():
                 for t in tensors:
                     whole = t.contiguous()
@@ -166,7 +209,7 @@ class Talking(Team):
 class Deciding(Talking):
     "A team in which rank 0 does things for all."
 
-    def from_first(self, make: Callable[[], Any]) -> Any:
+    def from_first(self, make: Callable[[], Any], what: str = "what rank 0 makes") -> Any:
         "What `make` gives on rank 0, where alone it is called; an error there is raised on every rank."
         if not self.together:
             return make()
@@ -176,7 +219,7 @@ class Deciding(Talking):
                 made = make()
             except Exception as failure:
                 error = failure
-        made, error = self.share((made, error))
+        made, error = self.share((made, error), what)
         if error is not None:
             raise error
         return made
@@ -185,7 +228,7 @@ class Deciding(Talking):
     def as_first(self, generators: dict[str, torch.Generator] | None = None) -> Iterator[None]:
         "Inside, random numbers are those of rank 0, which goes on with them as if it were alone; so do `generators`."
         kept = {name: g.get_state() for name, g in (generators or {}).items()}
-        state, kept = self.share((rng_state(devices=()), kept))
+        state, kept = self.share((rng_state(devices=()), kept), "the beginning of an epoch")
         if self.rank == 0 or not self.together:
             yield
             return
@@ -197,7 +240,7 @@ class Deciding(Talking):
 
     def agree(self, what: str, value: Any) -> None:
         "RankError unless all ranks have an equal value."
-        found = self.gather(value)
+        found = self.gather(value, f"comparing {what}")
         if any(other != found[0] for other in found[1:]):
             said = "; ".join(f"rank {i}: {other!r:.300}" for i, other in enumerate(found))
             raise RankError(f"the ranks differ in {what}: {said}")

@@ -28,9 +28,9 @@ from ..player import Player, unwrapped
 from ..schedule import Schedule
 
 # %% auto #0
-__all__ = ['weights_of', 'own_copy', 'fold_in', 'Averages', 'Gathering', 'Average', 'check_one_average', 'whole', 'EMA',
-           'has_batch_norm', 'anew', 'Through', 'recompute_batch_norm', 'check_start', 'LastEpochs', 'gone_over',
-           'bare_rates', 'under_hand', 'HeldRate', 'BatchNormAnew', 'SWA']
+__all__ = ['weights_of', 'own_copy', 'fold_in', 'Averages', 'Gathering', 'numbers_of', 'put_numbers', 'Average',
+           'check_one_average', 'whole', 'EMA', 'has_batch_norm', 'anew', 'Through', 'recompute_batch_norm',
+           'check_start', 'LastEpochs', 'gone_over', 'bare_rates', 'under_hand', 'HeldRate', 'BatchNormAnew', 'SWA']
 
 # %% ../../nbs/31_average.ipynb #b844f37e
 def weights_of(player: Player) -> dict[str, Tensor]:
@@ -125,6 +125,20 @@ class Gathering(Averages):
         return [(t, self.averages[player.name][name]) for name, t in weights.items()]
 
 # %% ../../nbs/31_average.ipynb #4adebdcd
+def numbers_of(t: Tensor) -> Tensor:
+    "A tensor's own numbers, to be put back later; a copy of what lies in parts."
+    return t.detach().clone() if hasattr(t, "full_tensor") else t.data
+
+
+@torch.no_grad()
+def put_numbers(t: Tensor, numbers: Tensor) -> None:
+    "Let a tensor have other numbers."
+    if hasattr(t, "full_tensor"):
+        t.copy_(numbers)
+    else:
+        t.data = numbers
+
+# %% ../../nbs/31_average.ipynb #159b3e09
 class Average(Gathering):
     "Averages of players' weights, looked at in their place."
 
@@ -146,12 +160,12 @@ class Average(Gathering):
         inside = bool(self._aside)
         try:
             for t, average in () if inside else self.pairs(learn):
-                self._aside.append((t, t.data))
-                t.data = average.to(t.dtype)
+                self._aside.append((t, numbers_of(t)))
+                put_numbers(t, average.to(t.dtype))
             yield
         finally:
             while self._aside and not inside:
-                t, t.data = self._aside[-1]
+                put_numbers(*self._aside[-1])
                 self._aside.pop()
 
     def observing(self, learn: Any) -> AbstractContextManager[None]:

@@ -17,8 +17,8 @@ from ..knobs import Adjustable, Number
 from ..player import Player
 
 # %% auto #0
-__all__ = ['positive', 'flag', 'Positive', 'OnPlayers', 'ClipGradNorm', 'ClipGradValue', 'unit_norms', 'adaptive_clip_',
-           'pattern_of', 'matching', 'AdaptiveClip', 'AutoClip', 'bounds', 'ClampWeights']
+__all__ = ['positive', 'flag', 'Positive', 'OnPlayers', 'undivided', 'ClipGradNorm', 'ClipGradValue', 'unit_norms',
+           'adaptive_clip_', 'pattern_of', 'matching', 'AdaptiveClip', 'AutoClip', 'bounds', 'ClampWeights']
 
 # %% ../../nbs/30_clip.ipynb #f9b47e4b
 def positive(
@@ -98,6 +98,11 @@ class OnPlayers(Adjustable):
         return [] if self.player is None else [f"player={self.player!r}"]
 
 # %% ../../nbs/30_clip.ipynb #b2f212bc
+def undivided(t: Any) -> Any:
+    "A number that was computed from what ranks have in parts (`distributed='fsdp'`), as every rank may use it."
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+# %% ../../nbs/30_clip.ipynb #5e837c33
 class ClipGradNorm(OnPlayers):
     "Shortens a player's gradient to a norm of `max_norm`; the norm before that is on record as `grad_norm`."
 
@@ -128,7 +133,7 @@ class ClipGradNorm(OnPlayers):
             return
         parameters = [p for p in learn.player.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters], self.norm_type, self.error_if_nonfinite)
-        learn.history.add(learn.prefix(learn.player) + "grad_norm", norm, learn.step + 1)
+        learn.history.add(learn.prefix(learn.player) + "grad_norm", undivided(norm), learn.step + 1)
         self.clip(learn.player, parameters, norm)
 
     def clip(self, player: Player, parameters: list[nn.Parameter], norm: Tensor) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..callback import Callback, CancelStep
+from .clip import undivided
 from .stopping import whole
 from ..device import preserve_rng
 from ..history import fetch
@@ -146,7 +147,7 @@ def diagnosis(learn: Any) -> list[str]:
 def loss_and_norm(loss: Tensor, parameters: Iterable[nn.Parameter]) -> list[float]:
     "The loss and the norm of the parameters' gradients, in one transfer."
     grads = [p.grad.coalesce().values() if p.grad.is_sparse else p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
+    norm = undivided(torch.nn.utils.get_total_norm(grads))
     return torch.stack([loss.detach().float(), norm.float().to(loss.device)]).tolist()
 
 
@@ -220,9 +221,14 @@ class Windows(BadSteps):
             self._open.pop(player.name, None)
             self._open[player.name] = Window(torch.zeros(()), self._buffers.copies())
 
-    def before_backward(self, learn: Any) -> None:
-        if (window := self._open.get(learn.player.name)) is not None:
+    def tally(self, learn: Any) -> None:
+        "Add the turn's loss: before its step, or behind a turn without one, when it is the loss over all ranks."
+        if learn.loss is not None and (window := self._open.get(learn.player.name)) is not None:
             window.loss = window.loss + learn.loss.detach()
+
+    def after_turn(self, learn: Any) -> None:
+        if learn.player.window:
+            self.tally(learn)
 
     def undo(self, name: str) -> None:
         "Put the buffers back to where the player's window began."
@@ -244,6 +250,7 @@ class SkipBadSteps(Windows):
 
     def before_step(self, learn: Any) -> None:
         if self.minds(learn.player):
+            self.tally(learn)
             bad = self.bad(learn.player)
             self.in_a_row[learn.player.name] = self.in_a_row.get(learn.player.name, 0) + 1 if bad else 0
             if bad:
