@@ -775,6 +775,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'trainkit.cli.compare_runs': ('cli.html#compare_runs', 'trainkit/cli.py'),
                               'trainkit.cli.complete_run': ('cli.html#complete_run', 'trainkit/cli.py'),
                               'trainkit.cli.completing': ('cli.html#completing', 'trainkit/cli.py'),
+                              'trainkit.cli.convert_checkpoint': ('cli.html#convert_checkpoint', 'trainkit/cli.py'),
                               'trainkit.cli.export_run': ('cli.html#export_run', 'trainkit/cli.py'),
                               'trainkit.cli.folder_or_name': ('cli.html#folder_or_name', 'trainkit/cli.py'),
                               'trainkit.cli.giving': ('cli.html#giving', 'trainkit/cli.py'),

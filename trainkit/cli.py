@@ -26,8 +26,8 @@ from .settings import SET, load_settings
 # %% auto #0
 __all__ = ['WRONG', 'SKIPPED', 'FORMATS', 'PARTS', 'clicks', 'in_json', 'row_of', 'list_runs', 'identity_lines', 'show_run',
            'compare_runs', 'set_over', 'run_target', 'needed', 'tell_output', 'live_client', 'read_notebook',
-           'check_kernel', 'kernel_environment', 'run_notebook', 'export_run', 'new_project', 'complete_run',
-           'folder_or_name', 'looking', 'acting', 'giving', 'completing', 'app', 'main']
+           'check_kernel', 'kernel_environment', 'run_notebook', 'export_run', 'convert_checkpoint', 'new_project',
+           'complete_run', 'folder_or_name', 'looking', 'acting', 'giving', 'completing', 'app', 'main']
 
 # %% ../nbs/90_cli.ipynb #38c2277e
 WRONG = 2  # not understood
@@ -277,6 +277,16 @@ def export_run(
     print(library.export(run, to, out, checkpoint, module, model, inputs))
     return DONE
 
+# %% ../nbs/90_cli.ipynb #6fbd52ed
+def convert_checkpoint(
+    checkpoint: str,  # a file
+    to: str,  # single or sharded
+    out: str | None = None,  # the new file; None: in place
+) -> int:
+    "Turn a CHECKPOINT file into one file, or into a file with parts beside it, as many ranks write it."
+    print(importlib.import_module("trainkit.converter").convert(checkpoint, to, out))
+    return DONE
+
 # %% ../nbs/90_cli.ipynb #9a44a164
 def new_project(
     name: str,  # of its folder
@@ -338,7 +348,11 @@ def giving(click: Any) -> list[Any]:
               option(["--module"], default="", help="of several modules: whose weights"),
               option(["--model"], default="", metavar="FILE.py:NAME", help="what makes the module (for all but safetensors)"),
               option(["--input", "inputs"], multiple=True, metavar="SHAPE", help="what goes in: 8,1,28,28, 8:int64")]  # fmt: skip
+    forms = option(["--to"], type=click.Choice(["single", "sharded"]), required=True, help="the form")
+    place = option(["--out"], metavar="FILE", help="where; else in place")
     return [click.Command("export", params=params, callback=export_run, help=export_run.__doc__),
+            click.Command("convert", params=[click.Argument(["checkpoint"], type=click.Path()), forms, place],
+                          callback=convert_checkpoint, help=convert_checkpoint.__doc__),
             click.Command("new", params=[click.Argument(["name"])], callback=new_project, help=new_project.__doc__)]
 
 # %% ../nbs/90_cli.ipynb #eee5f6ea

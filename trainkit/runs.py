@@ -112,8 +112,9 @@ class Run:
 
     def __repr__(self) -> str:
         best = [] if self.best is None else [f"best {self.best:.4g}"]
-        said = [f"step {self.step}", *best, f"{self.checkpoints} checkpoints", *([f"a branch of {self.parent}"] if self.parent else []),
-                *([f"damaged: {self.fault}"] if self.fault else [])]  # fmt: skip
+        said = [f"step {self.step}", *best, f"{self.checkpoints} checkpoints"]
+        said += [f"a branch of {self.parent}"] if self.parent else []
+        said += [f"damaged: {self.fault}"] if self.fault else []
         return f"Run({self.name!r}: {', '.join(said)}, in {self.path})"
 
     @property
