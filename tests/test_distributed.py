@@ -17,10 +17,12 @@ from torch import nn
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 import ranks  # noqa: E402
+from steered import until  # noqa: E402
 
 from trainkit.attached import attach  # noqa: E402
 from trainkit.distributed import Distributed, Parcel, as_distributed, pieces  # noqa: E402
 from trainkit.learner import Learner  # noqa: E402
+from trainkit.ui.panel import Panel  # noqa: E402
 
 EXACT = 1e-12  # float64: sums in another order
 SAME = ["plain", "adamw", "accumulated", "random_samples", "batches_in_a_list", "unused", "gan_every", "gan_at_once",
@@ -381,7 +383,16 @@ def test_a_launched_job_is_steered_through_its_folder(tmp_path):
             assert time.monotonic() < end and process.poll() is None, process.communicate()[0][-2000:]
             time.sleep(0.1)
         run = attach(tmp_path / "endless")
-        run.send("pause").wait(120)
+        panel = Panel(run)
+        assert panel.widget is not None  # as a notebook shows it
+        panel.view.buttons.made["pause"].click()
+        until(lambda: run.status()["paused"])
+        dial, = (dial for (_, name, *_), dial in panel.view.deck.dials.items() if name == "lr")
+        dial.field.value = "0.05"
+        until(lambda: [c.values for c in run.controls() if c.name == "lr"] == [(0.05,)])
+        panel.refresh()
+        assert "lr of model: 0.1 → 0.05" in panel.view.message.text, panel.view.message.text
+        panel.close()
         run.send("set", name="lr", value=0.025).wait(120)
         saved = run.save("before it goes on")
         assert run.status()["paused"] and saved.step == run.status()["step"]

@@ -30,6 +30,10 @@ def judge(said: str, steps: int, pictures: int) -> None:
         alone, together = map(float, re.search(rf"^{name} +([\d.]+) +([\d.]+)$", said, re.MULTILINE).groups())
         assert abs(alone - together) < 5e-3
     assert f"two ranks left it at step {steps}\none process went on to step" in said
+    here, whole = (int(n.replace(",", "")) for n in re.search(r"rank 0 holds (\S+) of (\S+) parameters", said).groups())
+    assert 0.4 * whole < here < 0.6 * whole and float(re.search(r"loss from one process: (\S+)", said)[1]) < 1e-3
+    step, accuracy = re.search(r"in one process: step (\d+), accuracy (\S+)", said).groups()
+    assert int(step) == steps and abs(float(accuracy) - float(re.search(r"^valid/accuracy +(\S+)", said, re.M)[1])) < 5e-3
     asked = re.search(r"^(pause.*set.*|.*lr.*)$", said, re.MULTILINE)
     assert asked and "lr" in said and "2 ranks stopped together" in said and "journal.jsonl" in said
     assert "rank 1 failed: OSError: the disk of this machine is full" in said and pictures == 2
