@@ -71,6 +71,8 @@ test: chromium $(STAMP) $(RECORDINGS)
 	$(call headline,all checks passed)
 
 chromium:
+	@test -x "$(CHROMIUM)" || { command -v apt-get && $(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive \
+		apt-get install -y -qq --no-install-recommends chromium; } >/dev/null || true
 	@test -x "$(CHROMIUM)" || { echo "the browser tests need chromium, $(CHROMIUM) is not there: apt-get install chromium (or: make test CHROMIUM=/path/to/chromium)"; exit 1; }
 
 drift: $(STAMP)

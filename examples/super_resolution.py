@@ -53,7 +53,7 @@ def loaders(size: dict) -> tuple[DataLoader, list[Pair]]:
 
 
 def stepwise(rates: dict[int, float]) -> OptimBuilder:
-    "A rate from each of these steps on."
+    "A rate after each of these steps."
     first, *later = rates.values()
     drops = {"name": "piecewise", "boundaries": [*rates][1:], "values": [1.0, *(rate / first for rate in later)]}
     return OptimBuilder("adam", lr=first, schedule=drops if later else "constant")
@@ -127,7 +127,7 @@ if __name__ == "__main__":
     parser.add_argument("network", choices=("edsr", "wdsr", "srresnet"))
     parser.add_argument("--steps", type=int, help="in all; without it the recipe's")
     parser.add_argument("--every", type=int, help="validate and save each so many steps")
-    parser.add_argument("--rates", nargs="+", metavar="STEP:RATE", help="a rate from each of these steps on, as 0:1e-3 500:5e-4")
+    parser.add_argument("--rates", nargs="+", metavar="STEP:RATE", help="a rate after each of these steps, as 0:1e-3 500:5e-4")
     parser.add_argument("--full", action="store_true", help="the papers' sizes")
     parser.add_argument("--run", help="folder for checkpoints, history and curves; without it nothing is written")
     parser.add_argument("--seed", type=int, default=0)

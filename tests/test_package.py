@@ -2,7 +2,7 @@
 
 That the wheel works where nothing else is installed takes a minute and a half: `make wheel`.
 """
-import importlib
+import importlib.util
 import inspect
 import io
 import pkgutil
@@ -18,9 +18,9 @@ import pytest
 import trainkit
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
-
-import wheel  # noqa: E402
+SPEC = importlib.util.spec_from_file_location("trainkit_tools_wheel", ROOT / "tools" / "wheel.py")
+wheel = sys.modules[SPEC.name] = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(wheel)
 
 MODULES = [found.name for found in pkgutil.walk_packages(trainkit.__path__, "trainkit.")]
 PROJECT = '''

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -109,6 +110,34 @@ def test_a_painter_that_fails_is_done_without(how):
     assert sketch._painter is None and painter._process is None
     assert gone(pid)
     with pytest.raises(OSError, match="was closed"): painter.ready
+
+
+def test_odd_paths_and_settings_do_no_harm(monkeypatch):
+    "A path that is no text is passed over, as Python does; a setting that can't be sent is painted here."
+    import matplotlib
+    sketch, history = Sketch(), History()
+    history.add("train/loss", 1.0, 1)
+    here = sketch.draw(history.snapshot(), beside=False)
+    monkeypatch.setattr(sys, "path", [*sys.path, Path("..")])
+    sketch.leave()
+    ready(sketch._painter)
+    np.testing.assert_array_equal(sketch.draw(history.snapshot(), beside=False), here)
+    assert sketch._painter is not None
+    with matplotlib.rc_context():
+        dict.__setitem__(matplotlib.rcParams, "path.effects", [lambda: None])
+        assert sketch._painter is not None
+        try: sketch.draw(history.snapshot(), beside=False)
+        finally: sketch.stay()
+    assert sketch._painter is None
+
+
+def test_a_process_that_says_something_else_is_done_without(monkeypatch, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("print('hello')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    painter = Painter()
+    ready(painter)
+    with pytest.raises(OSError): painter.paint(Drawing())
+    painter.close()
 
 
 def test_where_no_process_can_begin_it_is_painted_here(monkeypatch):

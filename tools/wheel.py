@@ -191,6 +191,10 @@ class Environment:
         self.variables = {name: value for name, value in os.environ.items() if not foreign.match(name)}
         self.variables |= {"PYTHONNOUSERSITE": "1", "PATH": f"{self.bin}{os.pathsep}{os.environ['PATH']}"}
         self.variables |= {"HOME": str(folder), "PIP_DISABLE_PIP_VERSION_CHECK": "1"} if os.name != "nt" else {}
+        home = Path.home()  # what pip was told there holds here, too
+        self.variables.setdefault("PIP_CACHE_DIR", str(home / ".cache" / "pip"))
+        told = next((p for p in (home / ".config" / "pip" / "pip.conf", home / ".pip" / "pip.conf") if p.is_file()), None)
+        if told: self.variables.setdefault("PIP_CONFIG_FILE", str(told))
         self.run(interpreter, "-m", "venv", str(folder / "venv"))
         self.site = Path(self.python("import sysconfig; print(sysconfig.get_path('purelib'))").strip())
 

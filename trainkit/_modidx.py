@@ -4616,6 +4616,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'trainkit.ui.page.Page.save': ('ui_page.html#page.save', 'trainkit/ui/page.py'),
                                   'trainkit.ui.page.Record': ('ui_page.html#record', 'trainkit/ui/page.py'),
                                   'trainkit.ui.page.asked': ('ui_page.html#asked', 'trainkit/ui/page.py'),
+                                  'trainkit.ui.page.at': ('ui_page.html#at', 'trainkit/ui/page.py'),
                                   'trainkit.ui.page.checkpoints_table': ('ui_page.html#checkpoints_table', 'trainkit/ui/page.py'),
                                   'trainkit.ui.page.curves': ('ui_page.html#curves', 'trainkit/ui/page.py'),
                                   'trainkit.ui.page.document': ('ui_page.html#document', 'trainkit/ui/page.py'),

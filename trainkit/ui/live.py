@@ -214,7 +214,7 @@ class Sketch:
         if (painter := self._painter) is not None:
             try:
                 if painter.ready: return painter.paint(drawing)
-            except (OSError, RuntimeError): self.stay()  # here it works, or says why not
+            except Exception: self.stay()  # here it works, or says why not
         self._painting = self._painting or Painting()
         self._painting.paint(drawing)
         return self._painting.pixels()

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Told', 'OPEN', 'MOST', 'KINDS', 'LARGE', 'COLOURS', 'SKIPPED', 'STYLE', 'POLICY', 'folder_of', 'Record', 'journal_of',
            'record_of', 'ending_of', 'numbers_of', 'number', 'numbers_table', 'svg_of', 'drawn', 'images', 'curves',
-           'galleries', 'picture', 'strip', 'movie_of', 'moving', 'Event', 'asked', 'done', 'story', 'story_table',
-           'checkpoints_table', 'facts', 'made_with', 'top', 'faults', 'sections', 'document', 'Page', 'page']
+           'galleries', 'picture', 'strip', 'movie_of', 'moving', 'Event', 'asked', 'done', 'story', 'at',
+           'story_table', 'checkpoints_table', 'facts', 'made_with', 'top', 'faults', 'sections', 'document', 'Page',
+           'page']
 
 # %% ../../nbs/59a_ui_page.ipynb #1c86d6bc
 import html
@@ -212,7 +213,7 @@ def strip(
         step, path = found[i]
         size, kind = (400_000, "last") if i == len(found) - 1 else (60_000, "")
         try: out.append(picture(np.asarray(load(path)), step, size, kind))
-        except (OSError, ValueError, SyntaxError) as error:  # SyntaxError: a PNG that is broken in the middle
+        except Exception as error:  # a picture can be broken in many ways
             record.faults.append(f"{name}/{path.name}: {error}".replace(str(path), path.name))
     return f"<div class=strip>{''.join(reversed(out))}</div>"
 
@@ -226,7 +227,8 @@ def movie_of(
     name: str,  # of a folder of pictures
 ) -> tuple[str, bytes]:
     "(MIME type, content) of the newest movie in the run's folder, or of one that is made; nothing of less than four pictures."
-    there = [p for p in record.run.path.iterdir() if p.suffix in KINDS and p.is_file() and p.stat().st_size <= LARGE]
+    files = [p for p in record.run.path.iterdir() if p.suffix in KINDS and p.is_file() and not p.is_symlink()]
+    there = [p for p in files if p.stat().st_size <= LARGE]
     if there and name == "samples":
         newest = max(there, key=lambda p: p.stat().st_mtime)
         return KINDS[newest.suffix], newest.read_bytes()
@@ -241,7 +243,7 @@ def moving(
 ) -> str:
     "The movie as HTML, folded."
     try: kind, data = movie_of(record, name)
-    except (OSError, ValueError, SyntaxError) as error:
+    except Exception as error:
         record.faults.append(f"no movie of {name}: {error}")
         return ""
     if not data: return ""
@@ -292,16 +294,22 @@ def story(
     return sorted([*map(asked, record.entries), *map(done, marks), *saved], key=lambda e: e.time)
 
 # %% ../../nbs/59a_ui_page.ipynb #a3059977
+def at(clock: str, seconds: float) -> str:
+    "A time since 1970 by the clock; a question mark for one that none has."
+    try: return time.strftime(clock, time.localtime(seconds))
+    except (OverflowError, ValueError, OSError): return "?"
+
+
 def story_table(
     events: Sequence[Event],  # the oldest first
     most: int = 400,
 ) -> str:
     "What happened, as HTML: of too many lines, the last ones."
     if not events: return "<p>Nothing was written down.</p>"
-    days = len({time.strftime("%Y%m%d", time.localtime(e.time)) for e in events})
+    days = len({at("%Y%m%d", e.time) for e in events})
     clock, rows = "%m-%d %H:%M:%S" if days > 1 else "%H:%M:%S", ""
     for e in events[-most:]:
-        cells = (str(e.step), time.strftime(clock, time.localtime(e.time)), e.who, e.what)
+        cells = (str(e.step), at(clock, e.time), e.who, e.what)
         rows += f"<tr{' class=bad' * (e.kind == 'bad')}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
     head = "".join(f"<th scope=col>{name}</th>" for name in ("step", "time", "by", "what"))
     left = f"<p>{len(events) - most} earlier lines are left out.</p>" if len(events) > most else ""

@@ -10,7 +10,6 @@ __all__ = ['XY', 'NOTHING', 'Line', 'Face', 'Frame', 'Drawing', 'pale', 'Stroke'
 import math
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import threading
@@ -236,7 +235,6 @@ def answers(source: BinaryIO) -> Iterator[Any]:
 
 def main() -> None:
     "What the painter's process does."
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "nice"): os.nice(10)
     sink = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what somebody prints is no pixel
@@ -260,16 +258,17 @@ class Painter:
 
     def _wait(self, process: "subprocess.Popen[bytes]") -> None:
         try: pickle.load(process.stdout)  # type: ignore[arg-type]
-        except (OSError, EOFError, ValueError): pass  # `paint` will see
+        except Exception: process.kill()  # whatever it said was no greeting; `paint` will see
         self._ready.set()
 
     def _begin(self) -> "subprocess.Popen[bytes]":
         if self._closed: raise OSError("the painter was closed")
         if not sys.executable: raise OSError("there is no Python to be started")
-        paths = os.pathsep.join(p or os.getcwd() for p in sys.path)
-        code = "from trainkit.ui.paint import main; main()"
+        paths = os.pathsep.join(p or os.getcwd() for p in sys.path if isinstance(p, str))
+        code = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); from trainkit.ui.paint import main; main()"
         self._process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                         stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": paths})
+                                         stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": paths},
+                                         creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0))
         if self._closed: self._process.kill()  # in the meantime
         return self._process
 

@@ -24,6 +24,7 @@ import numpy as np
 from ..device import preserve_rng
 from ..forks import Scalars, shared, upto
 from ..history import Mark, Snapshot, to_rows
+from ..provenance import as_plain
 from ..storage import write_atomically
 from .view import Budget, View, quietly
 
@@ -107,7 +108,8 @@ def hyperparameters(
         out |= {f"{player.name}/{k}": v for k, v in own.items()}
     out["callbacks"] = ", ".join(repr(cb) for cb in learn.cbs if not isinstance(cb, View))
     identity = learn.identity() if hasattr(learn, "identity") else {}
-    return out | {f"{part}/{k}": v for part, values in identity.items() for k, v in values.items()}
+    out |= {f"{part}/{k}": v for part, values in identity.items() for k, v in values.items()}
+    return dict(as_plain(out))  # and without what names itself a secret
 
 # %% ../../nbs/57a_ui_telling.ipynb #78f3f813
 class Behind:
