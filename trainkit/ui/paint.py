@@ -13,7 +13,6 @@ import pickle
 import subprocess
 import sys
 import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -211,9 +210,8 @@ def styles() -> dict[str, Any]:
     "What was changed in matplotlib's settings, if it is loaded."
     mpl = sys.modules.get("matplotlib")
     if mpl is None: return {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return {k: v for k, v in dict.items(mpl.rcParams) if k != "backend" and v != mpl.rcParamsDefault.get(k)}
+    usual = mpl.rcParamsDefault  # `dict.get` asks no more than that: no warning of old names, no choice of a backend
+    return {k: v for k, v in dict.items(mpl.rcParams) if k != "backend" and v != dict.get(usual, k)}
 
 
 def answers(source: BinaryIO) -> Iterator[Any]:
