@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -58,20 +59,26 @@ def finished(process, seconds=400):
         process.terminate()  # not killed: torchrun ends its ranks
         process.communicate(timeout=60)
         raise
-    assert process.returncode == 0, out[-3000:]
+    assert process.returncode == 0, out[:3000] + out[-3000:]  # who failed says it first, torchrun last
     return out
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     "The folders of one, two and four ranks; two ranks' checkpoints are there for the others to go on with."
-    one, two, four = (tmp_path_factory.mktemp(name) for name in ("one", "two", "four"))
+    one, two, four, again = (tmp_path_factory.mktemp(name) for name in ("one", "two", "four", "again"))
     alone, both = launch(1, one, *SAME, *TOGETHER, "whole_numbers"), launch(2, two, *TWO)
     finished(alone), finished(both)
-    for folder in one, four:
-        subprocess.run(["cp", "-r", str(two / "calm"), str(folder / "calm2")], check=True)
-    (four / "calm2").rename(four / "calm")
-    finished(launch(4, four, *FOUR))
+    subprocess.run(["cp", "-r", str(two / "calm"), str(one / "calm2")], check=True)
+    for folder in four, again:
+        subprocess.run(["cp", "-r", str(two / "calm"), str(folder / "calm")], check=True)
+    try:
+        finished(launch(4, four, *FOUR))
+    except AssertionError as error:  # four ranks on two cores: torch aborted one of them, seen once, cause unknown
+        if "(SIGABRT)" not in str(error):
+            raise
+        warnings.warn(f"a rank was aborted; tried once more: {error}", stacklevel=1)
+        finished(launch(4, four := again, *FOUR))
     return {1: one, 2: two, 4: four}
 
 
