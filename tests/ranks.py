@@ -2,6 +2,7 @@
 
 Rank 0 writes what it found to FOLDER/NAME.pt, where the test reads it; `python ranks.py FOLDER NAME…` does the same alone.
 """
+import atexit
 import faulthandler
 import os
 import random
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -635,6 +637,8 @@ SCENARIOS = {f.__name__: f for f in (
 def main():
     faulthandler.dump_traceback_later(600, exit=True)  # nobody may be there any more who would end it
     folder, *names = sys.argv[1:]
+    if rank := os.environ.get("RANK"):  # what was registered first is called last
+        atexit.register(lambda: Path(folder, f"connected.{rank}.txt").write_text(str(dist.is_initialized())))
     for name in names:
         found = SCENARIOS[name](Path(folder))
         if found is not None and os.environ.get("RANK", "0") == "0":

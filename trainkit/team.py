@@ -5,6 +5,7 @@
 # %% ../nbs/65_team.ipynb #4f207cfb
 from __future__ import annotations
 
+import atexit
 import os
 import time
 import zlib
@@ -20,9 +21,16 @@ from torch import Tensor
 from .device import preserve_rng, rng_state, set_rng_state
 
 # %% auto #0
-__all__ = ['engine', 'RankError', 'Failing', 'Team', 'Checked', 'Talking', 'Deciding']
+__all__ = ['leave', 'engine', 'RankError', 'Failing', 'Team', 'Checked', 'Talking', 'Deciding']
 
 # %% ../nbs/65_team.ipynb #03e72654
+def leave() -> None:
+    "Close this process's connections, as the last thing that it does."
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        time.sleep(0.1)  # sharded modules keep the group's threads: those come to rest meanwhile
+
+
 def engine(
     cpu: bool,  # no accelerator, even if there is one
     timeout: float,  # seconds that a rank waits for the others before it gives up
@@ -37,6 +45,9 @@ def engine(
     if state.num_processes != wanted:
         raise RuntimeError(f"{wanted} processes were launched, and Accelerate knows of {state.num_processes}: it was asked "
                            "before, say by a learner of the process that was forked (trainkit.launch sees to that)")  # fmt: skip
+    if wanted > 1:
+        atexit.unregister(leave)  # once, for the group that is there now
+        atexit.register(leave)
     return state
 
 # %% ../nbs/65_team.ipynb #ad9fa49c
