@@ -21,11 +21,12 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from benchmarks import common
 from benchmarks.common import Maker, Table, Work, median, present, spread, version, versus
-from benchmarks.peers import PEERS, Batches, mlp, plain, regression, sgd
+from benchmarks.peers import PEERS, Batches, mlp, plain, regression
 from trainkit.learner import Learner
 from trainkit.optim import OptimBuilder
 
@@ -53,23 +54,16 @@ def all_on(data: Batches, folder: str, where: str, **but: str) -> Work:
 
 def plain_saving(data: Batches, folder: str) -> Work:
     "The plain loop that writes what it needs to go on, safely, after every epoch: the least that a checkpoint costs."
-    model, place = mlp(), Path(tempfile.mkdtemp(dir=folder))
-    opt = sgd(model)
+    place = Path(tempfile.mkdtemp(dir=folder))
 
-    def run() -> None:
-        for _ in range(data.epochs):
-            for x, y in data:
-                opt.zero_grad()
-                loss = F.mse_loss(model(x), y)
-                loss.backward()
-                opt.step()
-            with open(place / "new", "wb") as file:
-                torch.save({"model": model.state_dict(), "opt": opt.state_dict(), "rng": torch.get_rng_state()}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(place / "new", place / "checkpoint.pt")
+    def save(model: nn.Module, opt: torch.optim.Optimizer) -> None:
+        with open(place / "new", "wb") as file:
+            torch.save({"model": model.state_dict(), "opt": opt.state_dict(), "rng": torch.get_rng_state()}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(place / "new", place / "checkpoint.pt")
 
-    return run
+    return plain(data, save=save)
 
 
 def ours(data: Batches, folder: str) -> dict[str, Maker]:

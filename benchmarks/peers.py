@@ -48,8 +48,9 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=LR)
 
 
-def plain(data: Batches, optimizer: Callable[[nn.Module], Any] = sgd) -> Callable[[], None]:
-    "The loop as people write it."
+def plain(data: Batches, optimizer: Callable[[nn.Module], Any] = sgd,
+          save: Callable[[nn.Module, Any], None] = lambda model, opt: None) -> Callable[[], None]:
+    "The loop as people write it; `save` is called after every epoch."
     model = mlp()
     opt = optimizer(model)
 
@@ -60,6 +61,7 @@ def plain(data: Batches, optimizer: Callable[[nn.Module], Any] = sgd) -> Callabl
                 loss = F.mse_loss(model(x), y)
                 loss.backward()
                 opt.step()
+            save(model, opt)
 
     return run
 

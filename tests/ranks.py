@@ -26,6 +26,7 @@ from trainkit.gan.learner import GANLearner
 from trainkit.gan.penalties import GradientPenalty
 from trainkit.learner import Learner
 from trainkit.optim import OptimBuilder
+from trainkit.schedule import Knob
 
 DDP = Distributed(listen_every=0.0)
 X = torch.randn(22, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -70,6 +71,15 @@ def plain(folder):
     learn = learner(opt=OptimBuilder("sgd", lr=0.1, momentum=0.9, schedule="cosine"), metrics=["mae"])
     learn.fit(3)
     return told(learn)
+
+
+def follows(folder):
+    "A rate that falls where rank 0 sees no progress in a series that differs from rank to rank."
+    plan = {"name": "plateau", "monitor": "train/own", "mode": "min", "factor": 0.5, "patience": 0}
+    learn = learner(opt=OptimBuilder("sgd", lr=0.1, schedule=plan))
+    learn.add(On("after_batch", lambda learn: learn.history.add("train/own", 1 - 0.1 * learn.step * learn.rank, learn.step)))
+    learn.fit(4)
+    return told(learn, lr=learn.players[0].opt.param_groups[0]["lr"])
 
 
 def adamw(folder):
@@ -547,7 +557,63 @@ def too_few(folder):
     learner(net(norm=True), DataLoader(TensorDataset(X, Y), batch_size=3)).fit(1)
 
 
-ENDINGS = (alone_saves, alone_validates, others_do, freezes, ends_early, interrupted_looking, interrupted_twice, too_few)
+class Fragile(Callback):
+    "Has a knob that rank 1 can't turn."
+
+    knobs = (Knob("strength", 0.0, 3.0),)
+
+    @property
+    def strength(self):
+        return 1.0
+
+    @strength.setter
+    def strength(self, value):
+        if os.environ["RANK"] == "1":
+            raise OSError("rank 1 has no such file")
+
+
+def turns_alone(folder):
+    turn = at("before_batch", 3, lambda learn: learn.send("set", name="fragile.strength", value=2.0), 0)
+    learner(cbs=[Fragile(), turn]).fit(2)
+
+
+def drifts(folder):
+    "A schedule that goes on on one rank alone."
+
+    def go_on(learn):
+        next(iter(learn.player.schedules.values())).advance()
+
+    learner(opt=OptimBuilder("sgd", lr=0.1, schedule="cosine"), cbs=at("before_step", 3, go_on)).fit(2)
+
+
+class Uneven(Learner):
+    "Tells a term more on rank 1, from the fourth step on."
+
+    def training_step(self, batch):
+        x, y = batch
+        self.pred = self.model(x)
+        losses = {"squared": (self.pred - y).square().mean()}
+        return {**losses, **{name: losses["squared"] * 0 for name in self.more()}}
+
+    def more(self):
+        return ["more"] if self.rank and self.step > 2 else []
+
+
+class Many(Uneven):
+    def more(self):
+        return [f"term {i}" for i in range(40)]
+
+
+def tells_more(folder):
+    Uneven(net(), loader(), None, "sgd", front="none", device="cpu", distributed=DDP).fit(1)
+
+
+def tells_much(folder):
+    Many(net(), loader(), None, "sgd", front="none", device="cpu", distributed=DDP).fit(1)
+
+
+ENDINGS = (alone_saves, alone_validates, others_do, freezes, ends_early, interrupted_looking, interrupted_twice, too_few,
+           turns_alone, drifts, tells_more, tells_much)
 
 
 def endings(folder):
@@ -628,7 +694,7 @@ def endless(folder):
 
 
 SCENARIOS = {f.__name__: f for f in (
-    plain, adamw, accumulated, whole_numbers, random_samples, batches_in_a_list, unused, gan_every, gan_at_once,
+    plain, adamw, follows, accumulated, whole_numbers, random_samples, batches_in_a_list, unused, gan_every, gan_at_once,
     gan_penalty, gan_gp, frozen_turns, cancels, cancels_windows, bad_steps, endings, gan_norms, looked, averaged, norms,
     early, stopped_by_one, steered, seldom, saved, resumed, calm, calm_resumed, missing, refused, all_cancel, fails,
     searches, balances, killed, endless)}  # fmt: skip

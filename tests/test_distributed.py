@@ -29,7 +29,7 @@ SAME = ["plain", "adamw", "accumulated", "random_samples", "batches_in_a_list", 
         "gan_penalty", "frozen_turns", "looked", "averaged", "early", "steered", "calm"]  # fmt: skip
 TOGETHER = ["cancels", "cancels_windows", "bad_steps"]
 TWO = [*SAME, *TOGETHER, "whole_numbers", "norms", "gan_norms", "gan_gp", "stopped_by_one", "seldom", "saved",
-       "resumed", "calm_resumed", "missing", "all_cancel", "refused"]  # fmt: skip
+       "follows", "resumed", "calm_resumed", "missing", "all_cancel", "refused"]  # fmt: skip
 FOUR = ["plain", "accumulated", "gan_every", "gan_penalty", "looked", "stopped_by_one", "steered", "calm_resumed",
         "whole_numbers"]  # fmt: skip
 
@@ -107,6 +107,13 @@ def test_ranks_do_what_one_process_does_with_the_joint_batch(runs, n, name):
     for series, (steps, values) in alone["history"].items():
         assert every[0]["history"][series][0] == steps
         torch.testing.assert_close(torch.tensor(every[0]["history"][series][1]), torch.tensor(values), rtol=0, atol=1e-5)
+
+
+def test_a_schedule_follows_what_rank_0_sees(runs):
+    "Of a series in which only rank 1 makes progress."
+    every = found(runs, 2, "follows")
+    assert_one([{**told, "history": {}} for told in every])
+    assert [told["lr"] for told in every] == [0.0125, 0.0125]  # as the first epoch is the best: halved behind three
 
 
 @pytest.mark.parametrize("n", [2, 4])
@@ -299,12 +306,18 @@ def test_ranks_that_would_wait_for_each_other_end_by_name(tmp_path):
     parted = {"alone_saves": ("save(), as gradients wait for more turns", "rank 1 in the end of step 2"),
               "alone_validates": ("rank 0 in before_validate", "rank 1 in the end of step 3"),
               "others_do": ("rank 0 in comparing their train data", "rank 1 in before_predict"),
-              "freezes": ("the turn of 'model', after step 3 (504 bytes)", "rank 1 in the turn of 'model', after step 3 (240"),
+              "freezes": ("the turn of 'model', after step 3 (512 bytes)", "rank 1 in the turn of 'model', after step 3 (248"),
               "ends_early": ("the turn of 'model', after step 4", "rank 1 in after_epoch")}  # fmt: skip
     for name, names in parted.items():
         for words in both:
             assert words[name][0].startswith("RankError: ") and "the ranks are in different calls" in words[name][0], words[name]
             assert all(text in words[name][0] for text in names), words[name]
+    for words in both:
+        assert "rank 0 in the command set" in words["turns_alone"][0], words["turns_alone"]
+        assert "rank 1 in the command set, which failed with OSError: rank 1 has no such file" in words["turns_alone"][0]
+        assert "the ranks have parted: rank 0 stands at" in words["drifts"][0] and "'lr': {'model': [0.0" in words["drifts"][0]
+        assert "after step 3: the ranks tell different losses, this one squared" in words["tells_more"][0]
+        assert "41 loss terms" in words["tells_much"][0] and "up to 30 are put together" in words["tells_much"][0]
     told = {"interrupted_looking": "KeyboardInterrupt", "interrupted_twice": "KeyboardInterrupt",
             "too_few": "ValueError: Expected more than 1 value per channel"}  # fmt: skip
     for name, text in told.items():

@@ -9,6 +9,7 @@ import contextlib
 import io
 import pkgutil
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,11 +40,11 @@ from .state import AutoSave
 from .team import Deciding, RankError
 
 # %% auto #0
-__all__ = ['CANCELS', 'MEETINGS', 'BEHIND', 'SLOTS', 'HEAD', 'WISHES', 'ALONE', 'Distributed', 'as_distributed', 'pieces',
-           'Parcel', 'shows', 'Nowhere', 'Member', 'Alike', 'in_front_of', 'Drawing', 'rank_among', 'own_code',
-           'Meeting', 'Numbers', 'Hearkening', 'Joining', 'Turning', 'Owing', 'Settling', 'Hearing', 'Council',
-           'Heeding', 'Wishing', 'Levelling', 'Fitting', 'Refusing', 'Beginning', 'stateful', 'put_together', 'sum_of',
-           'Sharing', 'Looking', 'Walking', 'Lender', 'Returning', 'Saving', 'Ranked', 'ranked']
+__all__ = ['CANCELS', 'MEETINGS', 'BEHIND', 'SLOTS', 'HEAD', 'WISHES', 'FIRST_ALONE', 'ALONE', 'Distributed', 'as_distributed',
+           'pieces', 'Parcel', 'shows', 'Nowhere', 'Member', 'Alike', 'in_front_of', 'Drawing', 'rank_among',
+           'own_code', 'Meeting', 'Numbers', 'Hearkening', 'Joining', 'Turning', 'Owing', 'Settling', 'Hearing',
+           'Council', 'Heeding', 'Wishing', 'Levelling', 'Fitting', 'Refusing', 'Beginning', 'stateful', 'put_together',
+           'sum_of', 'Sharing', 'Looking', 'Walking', 'Lender', 'Returning', 'Saving', 'Ranked', 'ranked']
 
 # %% ../nbs/65b_distributed.ipynb #cd2b1e2f
 @dataclass(frozen=True)
@@ -284,8 +285,9 @@ class Meeting(Drawing):
             raise cancel
 
 # %% ../nbs/65b_distributed.ipynb #7cca800f
-SLOTS = 31  # losses that ride along: the sum, and the first thirty terms
-HEAD = 3 + len(CANCELS)  # before them: samples of the window and of the turn, whether a cancel left the window, the cancels
+SLOTS = 31  # losses that ride along: the sum, and up to thirty terms
+HEAD = 5 + len(CANCELS)  # before them: samples of the window and of the turn, whether a cancel left the window, the cancels,
+# how many ranks tell losses, and what stands for their names
 
 
 class Numbers(Meeting):
@@ -303,14 +305,22 @@ class Numbers(Meeting):
         "Has this rank losses to tell?"
         return not self._late and self.loss is not None and (not absent or isinstance(absent, CancelStep))
 
+    def _names(self) -> int:
+        "A number below 4096 that stands for the names of the losses; float32 adds up those of some thousand ranks exactly."
+        return zlib.crc32("\n".join(self.losses).encode()) % 4096
+
     def _head(self, weight: float, absent: Cancel | None = None, turn: float = 0.0) -> Tensor:
         "The numbers before the losses."
         place, kept = rank_among(absent), self._mover is None or len(self._mover.window) == self._before
         said = [weight, turn, bool(absent) and kept, *(i == place for i in range(1, len(CANCELS) + 1))]
+        said += [turn > 0, self._names() if turn > 0 else 0]
         return torch.tensor([float(number) for number in said], dtype=torch.float32, device=self.device)
 
     def _numbers(self, weight: float, absent: Cancel | None = None) -> Tensor:
-        found = [self.loss, *self.losses.values()][:SLOTS] if self._counts(absent) else []
+        found = [self.loss, *self.losses.values()] if self._counts(absent) else []
+        if len(found) > SLOTS:
+            raise ValueError(f"{len(found) - 1} loss terms in the turn of {self._whose!r}: over several ranks, up to {SLOTS - 1} "
+                             "are put together; add some of them up")  # fmt: skip
         head = self._head(weight, absent, turn := self._weight if found else 0)
         losses = [torch.where(head[1] > 0, t.detach().float() * turn, 0.0).reshape(1) for t in found]
         return torch.cat([head, *losses, torch.zeros(SLOTS - len(found), device=self.device)])
@@ -322,11 +332,14 @@ class Hearkening(Numbers):
     def _read(self, numbers: Tensor, absent: Cancel | None = None) -> None:
         "What the ranks say of the turn: its losses, over the joint batch; and what they cancel."
         self._joined = True
+        kept, *cancels, telling, names = numbers[2:HEAD].tolist()
         if self._counts(absent):
+            if names != telling * self._names():
+                raise ValueError(f"{self._exchange}: the ranks tell different losses, this one {', '.join(self.losses) or 'none'}; "
+                                 "over several ranks a term is told in the same turns on all of them (0 where it is not "
+                                 "wanted)")  # fmt: skip
             self.loss = numbers[HEAD] / numbers[1]
-            names = [*self.losses][: SLOTS - 1]
-            self.losses = {**self.losses, **{name: numbers[HEAD + 1 + i] / numbers[1] for i, name in enumerate(names)}}
-        kept, *cancels = numbers[2:HEAD].tolist()
+            self.losses = {name: numbers[HEAD + 1 + i] / numbers[1] for i, name in enumerate(self.losses)}
         if any(cancels):
             kind = CANCELS[max(i for i, n in enumerate(cancels) if n)]
             self._cancel_together(kind, kept == self.team.size)
@@ -504,6 +517,7 @@ class Settling(Owing):
 
 # %% ../nbs/65b_distributed.ipynb #2f5d5e23
 WISHES = ("", "epoch", "stopped", "interrupted")  # the later ones prevail
+FIRST_ALONE = ("save", "sample", "note")  # commands that rank 0 may fail at alone
 
 # %% ../nbs/65b_distributed.ipynb #a0c7d37e
 class Hearing(Settling):
@@ -547,6 +561,9 @@ class Hearing(Settling):
             self._obeying = False
         if self.team.broken:
             raise RankError(f"rank {self.team.rank} can't go on: {self.team.broken}")
+        if command.name not in FIRST_ALONE:
+            ended = f", which failed with {type(command.error).__name__}: {command.error}" if command.error else ""
+            self.team.numbers(0, f"the command {command.name}{ended}")
         if command.name == "restore" and command.error is None:
             self._next_council = self.step
             raise Jump
@@ -559,7 +576,8 @@ class Council(Hearing):
         "Tell the others what this rank wishes; do what rank 0 has heard."
         commands = self._heard(patience) if self.team.rank == 0 else []
         sent = [(c.name, c.values, c.source, c.id) for c in commands]
-        stand = {"step": self.step, "epoch": self.epoch, "updates": {p.name: p.updates for p in self.players}}
+        rates = {p.name: [float(group["lr"]) for group in p.opt.param_groups] for p in self.players}
+        stand = {"step": self.step, "epoch": self.epoch, "updates": {p.name: p.updates for p in self.players}, "lr": rates}
         with self.ledger.on("other ranks"):
             mine = self._wish, stand, sent, self._until_next(), self._could_cancel()
             said = self.team.gather(mine, "a council between steps")
@@ -652,6 +670,11 @@ class Levelling(Wishing):
         super()._look_on()
         if self.team.together:
             self._council()
+
+    def _means(self) -> dict[str, float]:
+        found = super()._means()
+        follows = self.team.together and self._ticking.get("metric")
+        return self.team.share(found, "what schedules follow") if follows else found
 
     def _level_buffers(self) -> None:
         "What isn't averaged in each step is made rank 0's."
