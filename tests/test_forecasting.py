@@ -1,6 +1,7 @@
 "The forecasting tutorial: its notebook and its script say the same, and what its stored tables claim holds."
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+import torch
 from tutorials import pictures, shortened, text_of
 
 from trainkit.forecast.metrics import ERRORS
@@ -38,6 +40,21 @@ def rows_of(said: str, title: str) -> dict[tuple[int, str], list[float]]:
         elif found:
             break
     return found
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_the_full_recipe(name):
+    "Two steps of each model: shapes, settings and data fit together."
+    functions = runpy.run_path(str(SCRIPT))
+    size = functions["FULL"]
+    data = functions["windows"](size, 336)
+    learn = functions["make"](name, {**size, "batch": dict.fromkeys(size["batch"], 8)}, data, seed=0, front="none")
+    before = [p.detach().clone() for p in learn.model.parameters()]
+    learn.fit(steps=2)
+    assert all(p.isfinite().all() for p in learn.model.parameters())
+    assert sum(not torch.equal(p, b) for p, b in zip(learn.model.parameters(), before)) > 0.8 * len(before)
+    x, _ = data.test[[0, 1]]
+    assert learn.model(x).shape == (2, 336, x.shape[-1]) and len(data.train) > 20_000
 
 
 @pytest.fixture(scope="module")

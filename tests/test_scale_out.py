@@ -6,19 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nbclient
 import nbformat
+from tutorials import pictures, shortened, text_of
 
 from trainkit.launch import free_port
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK, SCRIPT = ROOT / "nbs/tutorials/13_scale_out.ipynb", ROOT / "examples/scale_out.py"
 SHORTER = {'SHORT = {"epochs": 3, "width": 8, "batch_size": 64}': 'SHORT = {"epochs": 1, "width": 4, "batch_size": 100}'}
-
-
-def text_of(nb: nbformat.NotebookNode) -> str:
-    "What a notebook printed."
-    return "".join(o.text for c in nb.cells if c.cell_type == "code" for o in c.outputs if o.output_type == "stream")
 
 
 def judge(said: str, steps: int, pictures: int) -> None:
@@ -39,20 +34,9 @@ def judge(said: str, steps: int, pictures: int) -> None:
     assert "rank 1 failed: OSError: the disk of this machine is full" in said and pictures == 2
 
 
-def pictures(nb: nbformat.NotebookNode) -> int:
-    return sum("image/png" in o.get("data", {}) for c in nb.cells if c.cell_type == "code" for o in c.outputs)
-
-
 def test_the_notebook_holds_in_a_kernel_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.delenv("TRAINKIT_WHERE", raising=False)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    nb = nbformat.read(NOTEBOOK, as_version=4)
-    for old, new in SHORTER.items():
-        assert sum(old in cell.source for cell in nb.cells) == 1, old
-        for cell in nb.cells:
-            cell.source = cell.source.replace(old, new)
-    client = nbclient.NotebookClient(nb, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}})
-    client.execute(cwd=str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for the processes that it starts
+    nb = shortened(NOTEBOOK, SHORTER, tmp_path)
     judge(text_of(nb), 40, pictures(nb))
 
 

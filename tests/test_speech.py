@@ -3,11 +3,13 @@
 import csv
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import nbformat
+import torch
 from tutorials import shortened, text_of
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +44,20 @@ def test_notebook_and_script_say_the_same(tmp_path):
             assert tables[0].read_text() == tables[1].read_text() != ""
     assert re.findall(MEANS, (tmp_path / "runs/speech/metrics/test/means.md").read_text(), re.MULTILINE) == means
     assert len([*(here / "runs/speech/enhanced").glob("*.wav")]) == 32
+
+
+def test_the_full_recipe():
+    "Two steps of the paper's network, with the data and settings of the recipe, one mixture at a time."
+    functions = runpy.run_path(str(SCRIPT))
+    size = {**functions["FULL"], "batch": 1, "samples": 4}
+    learn = functions["make"](functions["sets"]({**size, "files": 1}), size, seed=0, front="none")
+    weights = [*learn.model.parameters()]
+    before = [p.detach().clone() for p in weights]
+    assert sum(p.numel() for p in weights) > 5e6, "as large as the paper's"
+    learn.fit(steps=2)
+    assert all(p.isfinite().all() for p in weights)
+    assert sum(not torch.equal(p, b) for p, b in zip(weights, before)) > 0.8 * len(before)
+    assert learn.model(torch.zeros(1, 8000)).shape == (1, 8000)
 
 
 def test_the_stored_notebook():
