@@ -13,6 +13,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 QUICKSTART := nbs/tutorials/01_quickstart.ipynb
 CHROMIUM ?= /usr/bin/chromium
+SUDO ?= $(if $(filter 0,$(shell id -u)),,sudo)
 SHELL := /bin/bash
 export CHROMIUM
 # How long a thread of torch's spins before it sleeps. GNU OpenMP's own choice (30 times as long) makes a step beside a
