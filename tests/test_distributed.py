@@ -116,6 +116,18 @@ def test_a_schedule_follows_what_rank_0_sees(runs):
     assert [told["lr"] for told in every] == [0.0125, 0.0125]  # as the first epoch is the best: halved behind three
 
 
+def test_two_machines_do_what_one_does(runs, tmp_path):
+    "Two launchers that meet at an address, as on two machines; each starts one rank."
+    meet = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+    start = [sys.executable, "-m", "torch.distributed.run", *meet, str(HERE / "ranks.py"), str(tmp_path), "plain"]
+    both = [subprocess.Popen(start, env=environment(), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            for _ in range(2)]  # fmt: skip
+    for process in both:
+        finished(process)
+    every = torch.load(tmp_path / "plain.pt", weights_only=False)
+    assert len(every) == 2 and apart(every[0], found(runs, 2, "plain")[0]) == 0
+
+
 @pytest.mark.parametrize("n", [2, 4])
 def test_connections_are_closed_before_the_interpreter_ends(runs, n):
     "Or a thread of gloo that asks for the interpreter then aborts the process, and the launcher ends those still at work."
