@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from ways import ENDINGS, end_by, resumes, same, same_weights
 
-from trainkit.callback import Callback, CancelBatch, On
+from trainkit.callback import Callback, CancelBatch, CancelStep, On
 from trainkit.callbacks.average import EMA
 from trainkit.callbacks.guards import (
     Buffers,  # fmt: skip
@@ -328,6 +328,21 @@ def test_accumulated_turns_are_one_step():
     learn = Learner(model, DataLoader(TensorDataset(BAD, Y), batch_size=8), "mse", "sgd", cbs=guard, front="none", accumulate=2)
     learn.fit(epochs=1)
     assert guard.skipped == {"model": 1} and learn.players[0].updates == 2 and finite([*model.parameters()])
+
+
+def test_a_turn_that_is_skipped_before_its_backward_leaves_the_window_alone():
+    "Its bad loss is of no gradient."
+
+    def skip(learn):
+        if learn.step == 2:
+            learn.loss = learn.loss * math.nan
+            raise CancelStep
+
+    guard = SkipBadSteps()
+    learn = Learner(nn.Linear(3, 1), DataLoader(TensorDataset(X, Y), batch_size=8), "mse", "sgd", front="none", accumulate=3,
+                    cbs=[guard, On("after_loss", skip)])  # fmt: skip
+    learn.fit(epochs=1)
+    assert guard.skipped == {} and learn.players[0].updates == 2
 
 
 @pytest.mark.parametrize("at", [1, 2, 5])

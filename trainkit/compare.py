@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -146,7 +147,7 @@ def labels(
     runs: Sequence[Run],
 ) -> list[str]:
     "Their names; where two runs have the same one, with as much of their folders before it as tells them apart."
-    paths = [run.path.resolve() for run in runs]
+    paths = [Path(os.path.abspath(run.path)) for run in runs]  # links keep the names they were given
     def tail(i: int, k: int) -> str: return "/".join(paths[i].parts[-k:])
     def label(i: int) -> str:
         twins = [j for j, run in enumerate(runs) if run.name == runs[i].name and paths[j] != paths[i]]

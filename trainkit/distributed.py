@@ -41,10 +41,10 @@ from .team import Deciding, RankError
 
 # %% auto #0
 __all__ = ['CANCELS', 'MEETINGS', 'BEHIND', 'SLOTS', 'HEAD', 'WISHES', 'FIRST_ALONE', 'ALONE', 'Distributed', 'as_distributed',
-           'pieces', 'Parcel', 'shows', 'Nowhere', 'Member', 'Alike', 'in_front_of', 'Drawing', 'rank_among',
-           'own_code', 'Meeting', 'Numbers', 'Hearkening', 'Joining', 'Turning', 'Owing', 'Settling', 'Hearing',
-           'Council', 'Heeding', 'Wishing', 'Levelling', 'Fitting', 'Refusing', 'Beginning', 'stateful', 'put_together',
-           'sum_of', 'Sharing', 'Looking', 'Walking', 'Lender', 'Returning', 'Saving', 'Ranked', 'ranked']
+           'pieces', 'Parcel', 'shows', 'Nowhere', 'Member', 'Alike', 'in_front_of', 'Drawing', 'rank_among', 'is_own',
+           'Meeting', 'Numbers', 'Hearkening', 'Joining', 'Turning', 'Owing', 'Settling', 'Hearing', 'Council',
+           'Heeding', 'Wishing', 'Levelling', 'Fitting', 'Refusing', 'Beginning', 'stateful', 'put_together', 'sum_of',
+           'Sharing', 'Looking', 'Walking', 'Lender', 'Returning', 'Saving', 'Ranked', 'ranked']
 
 # %% ../nbs/65b_distributed.ipynb #cd2b1e2f
 @dataclass(frozen=True)
@@ -253,7 +253,7 @@ def rank_among(cancel: Cancel | None) -> int:
     return places[0]
 
 
-def own_code(cb: Callback) -> bool:
+def is_own(cb: Callback) -> bool:
     "Is it somebody's own callback, of which nobody knows what it decides by?"
     return isinstance(cb, On) or not type(cb).__module__.startswith("trainkit.")
 
@@ -264,7 +264,7 @@ class Meeting(Drawing):
     _watched: frozenset[str] = frozenset()  # events of a step at which some rank has a callback of somebody's own
 
     def _could_cancel(self) -> frozenset[str]:
-        return frozenset(event for event in BEHIND | {"before_step"} if any(map(own_code, self.cbs.acting(event))))
+        return frozenset(event for event in BEHIND | {"before_step"} if any(map(is_own, self.cbs.acting(event))))
 
     def _common(self, cancel: Cancel | None, what: str) -> Cancel | None:
         "What all ranks cancel now, if one of them cancels something."
@@ -300,6 +300,8 @@ class Numbers(Meeting):
     _before: int = 0  # turns that were in its window then
     _owing: list[tuple[Player, bool]] = []  # exchanges still to come in this batch: whose, and do gradients travel?
     _padded: dict[str, int] = {}  # per player, turns of its window that looked at a sample for nothing
+    updates: str = "alternating"  # where players take turns; a GAN's learner may say "simultaneous"
+    _held: list[Player] | None = None  # then: who waits with gradients until all have some
 
     def _counts(self, absent: Cancel | None) -> bool:
         "Has this rank losses to tell?"
@@ -322,8 +324,10 @@ class Numbers(Meeting):
             raise ValueError(f"{len(found) - 1} loss terms in the turn of {self._whose!r}: over several ranks, up to {SLOTS - 1} "
                              "are put together; add some of them up")  # fmt: skip
         head = self._head(weight, absent, turn := self._weight if found else 0)
-        losses = [torch.where(head[1] > 0, t.detach().float() * turn, 0.0).reshape(1) for t in found]
-        return torch.cat([head, *losses, torch.zeros(SLOTS - len(found), device=self.device)])
+        told = torch.zeros(SLOTS, device=self.device)
+        if turn:  # a rank without samples has nothing to say, not even NaN
+            told[: len(found)] = torch.stack([t.detach().float().reshape(()) for t in found]) * turn
+        return torch.cat([head, told])
 
 # %% ../nbs/65b_distributed.ipynb #6daa414c
 class Hearkening(Numbers):
@@ -352,8 +356,8 @@ class Hearkening(Numbers):
         if player is not None and not kept:
             player.window, self._padded[player.name] = [], 0
             drop_gradients(player)
-            if player in (held := getattr(self, "_held", None) or []):
-                held.remove(player)
+            if self._held and player in self._held:
+                self._held.remove(player)
 
     def _join_losses(self, absent: Cancel | None = None) -> None:
         numbers = self._numbers(0, absent)
@@ -382,17 +386,18 @@ class Joining(Hearkening):
         parcel = Parcel(grads, times, torch.cat([self._numbers(weight, absent), there, *ran]), self.how.bucket)
         with self.ledger.on("other ranks"):
             self.team.sum(parcel.flats, self._exchange)
-        numbers = parcel.open().clone()
+        numbers = parcel.open()
         self._read(numbers[: HEAD + SLOTS], absent)
         self._take_in(player, mine, grads, parcel, numbers)
 
     def _travelling(self, player: Player) -> list[Any]:
         "The parameters whose gradients travel."
-        for name, p in player.named_parameters():
+        named = [(name, p) for name, p in player.named_parameters() if p.requires_grad or p.grad is not None]
+        for name, p in named:
             if p.grad is not None and p.grad.is_sparse:
                 raise ValueError(f"player {player.name!r}: the gradient of {name} is sparse, and between ranks only dense ones "
                                  "travel: nn.Embedding(…, sparse=False), and an optimizer for dense gradients")  # fmt: skip
-        return [p for p in player.parameters() if p.requires_grad or p.grad is not None]
+        return [p for _, p in named]
 
     def _share(self, player: Player) -> tuple[float, float]:
         "What this rank's gradient is multiplied by, and the samples that are in it."
@@ -404,8 +409,9 @@ class Joining(Hearkening):
         parcel.unpack(numbers[0])
         there = numbers[HEAD + SLOTS : HEAD + SLOTS + len(mine)]
         missing = [i for i, p in enumerate(mine) if p.grad is None]
+        had = there.tolist() if missing else []  # one transfer
         for i in missing:
-            mine[i].grad = grads[i] if float(there[i]) else None
+            mine[i].grad = grads[i] if had[i] else None
         sizes = [t.numel() for t in self._ran]
         for t, part in zip(self._ran, numbers[HEAD + SLOTS + len(mine) :].div(numbers[0]).split(sizes) if sizes else ()):
             t.copy_(part.view(t.shape))
@@ -420,7 +426,7 @@ class Turning(Joining):
 
     def _holding(self) -> bool:
         "Are gradients gathered before anybody moves (simultaneous updates)?"
-        return getattr(self, "_held", None) is not None
+        return self._held is not None
 
     def _take_turn(self, player: Player) -> None:
         if not self.team.together:
@@ -494,7 +500,7 @@ class Owing(Turning):
     def _all_owed(self) -> list[tuple[Player, bool]]:
         "The exchanges of a batch that begins, in order."
         due = [(p, len(p.window) + 1 >= p.accumulate) for p in self.players if p.due(self.step)]
-        if getattr(self, "updates", "") != "simultaneous":
+        if self.updates != "simultaneous":
             return due
         return [(p, False) for p, _ in due] + [(p, True) for p, steps in due if steps]
 
@@ -894,6 +900,15 @@ class Walking(Looking):
 
     def _walk_together(self, what: str, loader: Iterable[Any], step: Callable, done: Callable[[Any], None]) -> None:
         gathered: Any = getattr(getattr(done, "func", None), "__self__", None)  # what adds up; None for predictions
+        every = None if gathered is None else gathered.metrics.metrics
+        try:
+            self._walk_through(what, loader, step, done, gathered)
+        except BaseException:  # a cancelled walk ends before those that were taken out for it come back
+            if gathered is not None:
+                gathered.metrics.metrics = every
+            raise
+
+    def _walk_through(self, what: str, loader: Iterable[Any], step: Callable, done: Callable, gathered: Any) -> None:
         wanting = stateful(gathered) if gathered is not None else []
         if wanting:
             gathered.metrics.metrics = [m for m in gathered.metrics.metrics if m not in wanting]

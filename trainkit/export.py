@@ -26,7 +26,7 @@ from .travel import compare_weights, read_weights, untied
 
 # %% auto #0
 __all__ = ['RUNNING', 'FORMATS', 'chosen', 'importing_from', 'loaded', 'made_by', 'example', 'write_torchscript', 'write_pt2',
-           'quietly', 'read_onnx', 'write_onnx', 'flat_tensors', 'agree', 'with_weights', 'export']
+           'quietly', 'Unread', 'opened', 'read_onnx', 'write_onnx', 'flat_tensors', 'agree', 'with_weights', 'export']
 
 # %% ../nbs/88_export.ipynb #4b187bef
 def chosen(
@@ -113,17 +113,30 @@ def quietly(name: str) -> Iterator[None]:
     finally: log.setLevel(before)
 
 
-def read_onnx(path: Path) -> Callable[..., Any]:
-    "A function that runs the file."
-    try:
-        session = importlib.import_module("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        names = [found.name for found in session.get_inputs()]
+class Unread(RuntimeError):
+    "A file was written, and nothing that is installed here runs it."
+
+
+def opened(path: Path) -> tuple[Any, list[str]]:
+    "What runs an ONNX file, and the names of its inputs."
+    try: runtime = importlib.import_module("onnxruntime")
     except ImportError:
         session = importlib.import_module("onnx.reference").ReferenceEvaluator(str(path))
-        names = session.input_names
+        return session, session.input_names
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return session, [found.name for found in session.get_inputs()]
+
+
+def read_onnx(path: Path) -> Callable[..., Any]:
+    "A function that runs the file, or says what it can't be run by."
     def run(*inputs: Tensor) -> list[Tensor]:
-        try: return [torch.as_tensor(y) for y in session.run(None, {name: x.numpy() for name, x in zip(names, inputs)})]
-        except Exception as error: raise NotImplementedError(f"{type(session).__name__}: {str(error).strip():.200}") from error
+        session: Any = None
+        try:
+            session, names = opened(path)
+            return [torch.as_tensor(y) for y in session.run(None, {name: x.numpy() for name, x in zip(names, inputs)})]
+        except ImportError: raise
+        except Exception as error:
+            raise Unread(f"{type(session).__name__ if session else 'onnxruntime'}: {str(error).strip():.200}") from error
     return run
 
 
@@ -194,8 +207,9 @@ def export(
     made, given = with_weights(model, weights), tuple(map(example, inputs))
     part = out.with_name(f".{out.name}{suffix}")  # whole or not at all
     try:
-        try: agree(made, RUNNING[to][1](made, given, part), given)
-        except NotImplementedError as error: warnings.warn(f"{out} is not checked, nothing here runs it: {error}", stacklevel=2)
+        again = RUNNING[to][1](made, given, part)
+        try: agree(made, again, given)
+        except Unread as error: warnings.warn(f"{out} is not checked, nothing here runs it: {error}", stacklevel=2)
         part.replace(out)
     finally: part.unlink(missing_ok=True)
     return out

@@ -34,8 +34,8 @@ from .runs import IDENTITY, sessions_of
 from .storage import write_atomically
 
 # %% auto #0
-__all__ = ['ELSEWHERE', 'WHOLE', 'ROWS', 'STRETCH', 'SINGLE', 'SHOWING', 'KEEPS', 'NAMED', 'IN_TEXT', 'IN_ADDRESS', 'git',
-           'digest', 'repository_of', 'program', 'code_in', 'told_of', 'code_here', 'installed', 'version_of',
+__all__ = ['ELSEWHERE', 'WHOLE', 'ROWS', 'STRETCH', 'SINGLE', 'SHOWING', 'KEEPS', 'NAMED', 'VALUE', 'IN_TEXT', 'IN_ADDRESS',
+           'git', 'digest', 'repository_of', 'program', 'code_in', 'told_of', 'code_here', 'installed', 'version_of',
            'versions', 'processor', 'machine', 'evenly', 'bytes_of', 'held_by', 'content_of', 'fingerprints',
            'player_plan', 'configuration_of', 'without_secrets', 'as_plain', 'record_of', 'keep_record']
 
@@ -248,7 +248,8 @@ def configuration_of(
 # %% ../nbs/24b_provenance.ipynb #499ef741
 KEEPS = r"(?:(?:access|api|auth|bearer|bot|hf|refresh)[_-]?)?token|\w*(?:password|passwd|secret|(?:api|access|private)[_-]?key)"
 NAMED = re.compile(KEEPS, re.I)  # as a name; max_tokens and pad_token are none
-IN_TEXT = re.compile(rf"""(\b(?:{KEEPS})['"]?\s*[=:]\s*)('[^']*'|"[^"]*"|[^\s,;)\]}}]+)""", re.I)  # token='x', "token": x
+VALUE = r"""'[^']*'|"[^"]*"|\[[^\]]*\]|\([^)]*\)|[^\s,;)\]}]+"""
+IN_TEXT = re.compile(rf"""(\b(?:{KEEPS})['"]?\s*[=:]\s*)({VALUE})""", re.I)  # token='x', "token": x
 IN_ADDRESS = re.compile(r"(://)[^/\s:@]*:[^/\s@]+@")  # postgres://user:password@host
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -103,7 +104,7 @@ class RankSeeded(Seeded):
             it, places = super().open(0), self.tickets.places
             if isinstance(places, RankPlaces):
                 places.begin()
-        first = repr(places.first if isinstance(places, RankPlaces) else "").encode()
+        first = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(places.first if isinstance(places, RankPlaces) else "")).encode()
         self.team.agree("the samples that an epoch begins with (does the sampler draw from random numbers of its own?)",
                         (first[:40].decode(errors="replace"), zlib.crc32(first)))  # fmt: skip
         return it
@@ -142,8 +143,10 @@ def looks_of(batch: Any) -> tuple[str, float]:
     found: list[float] = []
 
     def add(x: Any) -> None:
-        if isinstance(x, (Tensor, np.ndarray)):
-            found.append(float(torch.as_tensor(x).double().nan_to_num().sum()) if np.prod(x.shape) else 0.0)
+        if isinstance(x, Tensor) or (isinstance(x, np.ndarray) and x.dtype.kind in "biufc"):
+            t = torch.as_tensor(x)
+            t = torch.view_as_real(t) if t.is_complex() else t
+            found.append(float(t.double().nan_to_num().sum()) if t.numel() else 0.0)
         if isinstance(x, (int, float)):
             found.append(float(x))
         for item in x.values() if isinstance(x, Mapping) else x if isinstance(x, (tuple, list)) else ():

@@ -206,6 +206,7 @@ class Windows(BadSteps):
     "Opens windows and closes them."
 
     order = -50  # before clipping
+    _turns: int = 0  # of the player's window, as its turn began
 
     def setup(self, learn: Any) -> None:
         if self.player is not None:
@@ -216,7 +217,7 @@ class Windows(BadSteps):
         self._open = {name: window for name, window in self._open.items() if self._buffers.fit(window.buffers)}
 
     def before_turn(self, learn: Any) -> None:
-        player = learn.player
+        player, self._turns = learn.player, len(learn.player.window)
         if self.minds(player) and not (player.window and player.name in self._open):
             self._open.pop(player.name, None)
             self._open[player.name] = Window(torch.zeros(()), self._buffers.copies())
@@ -227,7 +228,7 @@ class Windows(BadSteps):
             window.loss = window.loss + learn.loss.detach()
 
     def after_turn(self, learn: Any) -> None:
-        if learn.player.window:
+        if len(learn.player.window) > self._turns:  # it has gathered; one that was skipped before its backward has not
             self.tally(learn)
 
     def undo(self, name: str) -> None:
