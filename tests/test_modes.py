@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-import nbclient
 import nbformat
+from tutorials import shortened, text_of
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "nbs/tutorials/04_modes.ipynb"
@@ -14,11 +14,6 @@ STABLE = ("non-saturating + R1", "WGAN-GP", "relativistic + R1 + R2", "hinge + z
 ROW = r"{} +{} +(?P<hit>[\d.]+) +[\d.]+ +[\d.]+ +(?P<quality>\d+)% +(?P<kl>[\d.]+) +\d+ +\d of \d"
 
 
-def said_by(nb: nbformat.NotebookNode) -> str:
-    "What a notebook printed."
-    return "".join(o.text for cell in nb.cells if cell.cell_type == "code" for o in cell.outputs if o.output_type == "stream")
-
-
 def rows_of(said: str, modes: int) -> dict[str, tuple[float, float]]:
     "Modes hit and the share of high quality of each stabilised family, on the target with so many modes."
     found = {name: re.search(ROW.format(re.escape(name), modes), said) for name in STABLE}
@@ -26,15 +21,8 @@ def rows_of(said: str, modes: int) -> dict[str, tuple[float, float]]:
     return {name: (float(m["hit"]), float(m["quality"]) / 100) for name, m in found.items() if m}
 
 
-def test_the_families_find_the_modes_that_minimax_loses(tmp_path, monkeypatch):
-    monkeypatch.delenv("TRAINKIT_WHERE", raising=False)  # a kernel of its own knows where it is
-    nb = nbformat.read(NOTEBOOK, as_version=4)
-    for old, new in SHORT.items():
-        assert any(old in cell.source for cell in nb.cells), old
-        for cell in nb.cells:
-            cell.source = cell.source.replace(old, new)
-    client = nbclient.NotebookClient(nb, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}})
-    said = said_by(client.execute(cwd=str(tmp_path)))
+def test_the_families_find_the_modes_that_minimax_loses(tmp_path):
+    said = text_of(shortened(NOTEBOOK, SHORT, tmp_path, once=False))
 
     collapses = re.findall(r"seed \d: (\d) of 8 modes at the end, (\d) at most; alarms:(.*)", said)
     assert len(collapses) == 2 and all(int(end) <= int(most) <= 4 and alarms for end, most, alarms in collapses), collapses
@@ -47,7 +35,7 @@ def test_the_families_find_the_modes_that_minimax_loses(tmp_path, monkeypatch):
 
 
 def test_the_stored_table_says_solved():
-    said = said_by(nbformat.read(NOTEBOOK, as_version=4))
+    said = text_of(nbformat.read(NOTEBOOK, as_version=4))
     for modes in (8, 25):
         solved = [name for name, (hit, quality) in rows_of(said, modes).items() if hit == modes and quality >= 0.6]
         assert len(solved) >= 3, (modes, solved)

@@ -5,28 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nbclient
 import nbformat
 import pytest
 import torch
+from tutorials import shortened
 
 from trainkit.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK, SCRIPT = ROOT / "nbs/tutorials/01_quickstart.ipynb", ROOT / "examples/quickstart.py"
-
-
-def run_notebook(folder: Path, monkeypatch, **changes: str) -> nbformat.NotebookNode:
-    "Execute the quickstart in `folder` with texts replaced; a replacement that finds nothing is an error."
-    monkeypatch.delenv("TRAINKIT_WHERE", raising=False)  # a kernel of its own knows where it is
-    nb = nbformat.read(NOTEBOOK, as_version=4)
-    whole = "\n".join(cell.source for cell in nb.cells)
-    for old, new in changes.items():
-        assert old in whole, old
-        for cell in nb.cells:
-            cell.source = cell.source.replace(old, new)
-    client = nbclient.NotebookClient(nb, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
-    return client.execute(cwd=str(folder))
 
 
 def text_of(nb: nbformat.NotebookNode) -> str:
@@ -41,8 +28,8 @@ def final_weights(run: Path) -> dict[str, torch.Tensor]:
             for module, weights in part["modules"].items() for name, value in weights.items()}  # fmt: skip
 
 
-def test_what_the_quickstart_promises(tmp_path, monkeypatch):
-    nb = run_notebook(tmp_path, monkeypatch)
+def test_what_the_quickstart_promises(tmp_path):
+    nb = shortened(NOTEBOOK, {}, tmp_path, timeout=900)
     said = text_of(nb)
     assert re.search(r"interrupted at step \d+ .*learn\.fit\(\) goes on", said)
     assert "the same pictures before: False" in said and "the same pictures after:  True" in said
@@ -68,10 +55,10 @@ def test_twenty_lines_of_user_code():
 
 
 @pytest.mark.parametrize("epochs", [2])
-def test_the_script_ends_in_the_same_weights(epochs, tmp_path, monkeypatch):
+def test_the_script_ends_in_the_same_weights(epochs, tmp_path):
     "The notebook is interrupted and continued, sampled from and saved; the script runs straight through."
     (tmp_path / "notebook").mkdir()
-    run_notebook(tmp_path / "notebook", monkeypatch, **{"epochs=20": f"epochs={epochs}", "Timer(10": "Timer(1.5"})
+    shortened(NOTEBOOK, {"epochs=20": f"epochs={epochs}", "Timer(10": "Timer(1.5"}, tmp_path / "notebook", 900, once=False)
     subprocess.run([sys.executable, SCRIPT, "--epochs", str(epochs), "--run", tmp_path / "script"], check=True, cwd=tmp_path,
                    capture_output=True)  # fmt: skip
     ours, theirs = final_weights(tmp_path / "notebook/runs/digits"), final_weights(tmp_path / "script")

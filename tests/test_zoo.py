@@ -6,11 +6,11 @@ import math
 import re
 from pathlib import Path
 
-import nbclient
 import nbformat
 import numpy as np
 import pytest
 from PIL import Image
+from tutorials import shortened
 
 NOTEBOOK = Path(__file__).parents[1] / "nbs/tutorials/05_zoo.ipynb"
 GANS = ["DCGAN", "cGAN", "ACGAN", "InfoGAN", "WGAN-GP", "SNGAN", "BEGAN"]
@@ -37,16 +37,7 @@ for name, gan in zoo.items():
 def cells(tmp_path_factory):
     "The shortened notebook, executed; a replacement that finds nothing is an error."
     folder = tmp_path_factory.mktemp("zoo")
-    nb = nbformat.read(NOTEBOOK, as_version=4)
-    for old, new in SHORTER.items():
-        assert sum(old in c.source for c in nb.cells) == 1, old
-        for c in nb.cells:
-            c.source = c.source.replace(old, new)
-    nb.cells = [nbformat.v4.new_code_cell(WEIGHTS), *nb.cells, nbformat.v4.new_code_cell(LOOK)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("TRAINKIT_WHERE", raising=False)  # a kernel of its own knows where it is
-        client = nbclient.NotebookClient(nb, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
-        client.execute(cwd=str(folder))
+    nb = shortened(NOTEBOOK, SHORTER, folder, around=(WEIGHTS, LOOK))
     assert not list(folder.iterdir()), "the zoo leaves files behind"
     return [c for c in nb.cells if c.cell_type == "code"]
 

@@ -3,21 +3,29 @@
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import nbclient
 import nbformat
 import pytest
+import torch
+
+from trainkit.learner import Learner
 
 
-def shortened(path: Path, shorter: Mapping[str, str], folder: Path, timeout: int = 300) -> nbformat.NotebookNode:
-    "The notebook, run in a folder with replacements in its code, each of which finds just one place."
+def shortened(path: Path, shorter: Mapping[str, str], folder: Path, timeout: int = 300, once: bool = True,
+              around: tuple[str, str] | None = None) -> nbformat.NotebookNode:  # fmt: skip
+    "The notebook, run in a folder with replacements in its code, each of which finds one place, or any number; with a cell more."
     nb = nbformat.read(path, as_version=4)
     for old, new in shorter.items():
-        assert sum(old in cell.source for cell in nb.cells) == 1, old
+        assert (found := sum(old in cell.source for cell in nb.cells)) and (found == 1 or not once), old
         for cell in nb.cells:
             cell.source = cell.source.replace(old, new)
+    if around:
+        first, last = map(nbformat.v4.new_code_cell, around)
+        nb.cells = [first, *nb.cells, last]
     folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRAINKIT_WHERE", raising=False)  # a kernel of its own knows where it is
@@ -28,6 +36,26 @@ def shortened(path: Path, shorter: Mapping[str, str], folder: Path, timeout: int
 def text_of(nb: nbformat.NotebookNode) -> str:
     "What a notebook printed."
     return "".join(o.text for c in nb.cells if c.cell_type == "code" for o in c.outputs if o.output_type == "stream")
+
+
+def outputs(nb: nbformat.NotebookNode, kind: str) -> list[str]:
+    "What it showed, of one media type."
+    found = [o.get("data", {}).get(kind) for c in nb.cells if c.cell_type == "code" for o in c.outputs]
+    return ["".join(data) for data in found if data]
+
+
+def said_by(script: Path, *args: str, cwd: Path) -> str:
+    "What a script printed; a failure is an error."
+    return subprocess.run([sys.executable, script, *args], check=True, cwd=cwd, capture_output=True, text=True).stdout
+
+
+def moved(learn: Learner, steps: int) -> float:
+    "The share of all players' weights that some steps change; they stay finite."
+    weights = [p for player in learn.players for p in player.parameters()]
+    before = [p.detach().clone() for p in weights]
+    learn.fit(steps=steps)
+    assert all(p.isfinite().all() for p in weights)
+    return sum(not torch.equal(p, b) for p, b in zip(weights, before)) / len(weights)
 
 
 def cpu_minutes(nb: nbformat.NotebookNode) -> float:
@@ -66,4 +94,4 @@ def table_of_lines(nb: nbformat.NotebookNode) -> dict[str, list[int]]:
 
 
 def pictures(nb: nbformat.NotebookNode) -> int:
-    return sum("image/png" in o.get("data", {}) for c in nb.cells if c.cell_type == "code" for o in c.outputs)
+    return len(outputs(nb, "image/png"))
