@@ -1,7 +1,11 @@
 """What each rank of a test of sharded parameters does: `torchrun sharded_ranks.py FOLDER NAME…`, as ranks.py does for ddp."""
 import faulthandler
 import os
+import shutil
+import signal
 import sys
+import threading
+import warnings
 from pathlib import Path
 
 import torch
@@ -10,12 +14,16 @@ from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parent))
 import ranks  # noqa: E402
-from ranks import VALID, Half, HalfWay, Steering, loader, net  # noqa: E402
+from ranks import VALID, Cancels, Half, HalfWay, Steering, loader, net  # noqa: E402
 
-from trainkit.callback import On  # noqa: E402
+from trainkit.attached import attach  # noqa: E402
+from trainkit.callback import CancelEpoch, CancelFit, CancelValidate, On  # noqa: E402
 from trainkit.callbacks.average import EMA  # noqa: E402
-from trainkit.callbacks.clip import ClipGradNorm  # noqa: E402
+from trainkit.callbacks.clip import ClampWeights, ClipGradNorm, ClipGradValue  # noqa: E402
 from trainkit.distributed import Distributed  # noqa: E402
+from trainkit.gan.doctor import Doctor  # noqa: E402
+from trainkit.gan.historical import HistoricalAverage  # noqa: E402
+from trainkit.gan.norms import spectral_norm  # noqa: E402
 from trainkit.optim import OptimBuilder  # noqa: E402
 from trainkit.sharded import made_whole  # noqa: E402
 
@@ -78,12 +86,17 @@ def unused(folder):
     return told(learn)
 
 
-def gan(folder, **kw):
-    was, ranks.DDP = ranks.DDP, kw.pop("distributed", FSDP)
+def under(how, scenario, *args, **kw):
+    "What ranks.py does for ddp, with sharded parameters."
+    was, ranks.DDP = ranks.DDP, how
     try:
-        return ranks.gan(folder, **kw)
+        return scenario(*args, **kw)
     finally:
         ranks.DDP = was
+
+
+def gan(folder, **kw):
+    return under(kw.pop("distributed", FSDP), ranks.gan, folder, **kw)
 
 
 def gan_every(folder):
@@ -99,7 +112,69 @@ def gan_penalty(folder):
 
 
 def gan_norms(folder):
-    return gan(folder, batch_norm=True)
+    "Each rank normalises with its own part of the batch, as under ddp."
+    return {"fsdp": gan(folder, batch_norm=True), "ddp": gan(folder, batch_norm=True, distributed=ranks.DDP)}
+
+
+def early(folder):
+    return under(FSDP, ranks.early, folder)
+
+
+def bad_steps(folder):
+    "A step that is infinite on one rank is left out on all."
+    return under(FSDP, ranks.bad_steps, folder)
+
+
+def frozen_turns(folder):
+    return under(HOLD, ranks.frozen_turns, folder)
+
+
+def bounded(folder):
+    learn = learner(cbs=[ClipGradValue(0.1), ClampWeights(0.4)])
+    learn.fit(2)
+    return told(learn)
+
+
+def spectral(folder):
+    learn = learner(spectral_norm(net()))
+    learn.fit(2)
+    return told(learn)
+
+
+class Tied(nn.Module):
+    "One weight in two places, of which the second rank has nothing."
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(4)
+        self.first, self.second, self.last = (nn.Linear(n, m).double() for n, m in ((3, 1), (3, 1), (2, 1)))
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.last(torch.cat([self.first(x), self.second(x).tanh()], 1))
+
+
+def tied(folder):
+    learn = learner(Tied(), opt=ADAMW, run=folder / "tied")
+    learn.fit(2)
+    again = learner(Tied(), opt=ADAMW, run=folder / "tied")
+    again.restore("last")
+    apart = {"run": folder / "tied apart", "distributed": APART if learn.team.size > 1 else None}
+    first, second = learner(Tied(), opt=ADAMW, **apart), learner(Tied(), opt=ADAMW, **apart)
+    first.fit(2)
+    second.restore("last")
+    return told(again, second=made_whole(second.model.state_dict()))
+
+
+def wrapped(folder):
+    "As `adamw`, gathered layer by layer, and by numbers of parameters."
+    found = []
+    for wrap in nn.Linear, 20:
+        how = Distributed("fsdp", listen_every=0.0, wrap=wrap)
+        learn = learner(opt=ADAMW, dls=loader(), cbs=ClipGradNorm(0.05), distributed=how)
+        learn.fit(3)
+        found.append(told(learn))
+    return found
 
 
 def averaged(folder):
@@ -119,6 +194,87 @@ def steered(folder):
     return told(learn, rates=rates, asked=asked)
 
 
+LOOKING = [(CancelValidate, "before_validate"), (CancelValidate, "before_validate_batch"),
+           (CancelValidate, "after_validate_batch"), (CancelEpoch, "before_validate_batch"),
+           (CancelFit, "after_validate_batch"), (CancelFit, "after_validate")]  # fmt: skip
+
+
+def cancels(folder):
+    "One rank cancels while all look on, with metrics that want every batch in its turn, and without; and elsewhere."
+    import torchmetrics
+
+    found = {}
+    for kind, event in LOOKING:
+        for metrics in None, {"r2": torchmetrics.R2Score()}:
+            learn = learner(cbs=Cancels(kind, event), metrics=metrics)
+            learn.fit(2)
+            found[kind.__name__, event, metrics is None] = told(learn)
+    for event in "before_batch", "after_forward", "before_step", "after_batch":
+        learn = learner(cbs=Cancels(CancelEpoch, event))
+        learn.fit(2)
+        found["CancelEpoch", event, True] = told(learn)
+    return found
+
+
+def cancels_others(folder):
+    "A test and a prediction that one rank cancels."
+    words = []
+    for what in "test", "predict":
+        for event in f"before_{what}_batch", f"after_{what}_batch":
+            learn = learner(cbs=Cancels(CancelFit, event, at=0))
+            try:
+                words.append((what, event, repr(getattr(learn, what)(DataLoader(VALID, batch_size=2)))))
+            except BaseException as error:
+                words.append((what, event, type(error).__name__))
+    return learn.team.gather(words)
+
+
+def interrupted(folder):
+    "Somebody strikes Ctrl+C where rank 1 runs."
+    last = int(os.environ.get("WORLD_SIZE", 1)) - 1
+    struck = ranks.at("after_batch", 4, lambda learn: signal.raise_signal(signal.SIGINT), last)
+    learn = learner(run=folder / "interrupted", cbs=struck, distributed=APART)
+    try:
+        learn.fit(9)
+    except KeyboardInterrupt as error:
+        said = str(error)
+    state, step = learn.state, learn.step
+    learn.restore("last")
+    learn.fit()
+    return told(learn, said=said, state=state, at=step)
+
+
+class Commanding:
+    "What somebody at another place asks for, one thing after the other, through the run's folder."
+
+    def __init__(self, run):
+        self.run, self.asked, self.saved = run, [], 0
+
+    def __call__(self, learn):
+        rate = learn.players[0].opt.param_groups[0]["lr"]
+        if not self.asked and learn.step >= 2:
+            self.ask("set", name="lr", value=0.025)
+        elif self.asked == ["set"] and rate == 0.025:
+            self.ask("save", note="from afar")
+        elif self.asked == ["set", "save"] and any(e.info["note"] == "from afar" for e in learn.checkpoints):
+            self.ask("stop")
+
+    def ask(self, command, **values):
+        attach(self.run).send(command, **values)
+        self.asked.append(command)
+
+
+def commanded(folder):
+    run, rates = folder / "commanded", []
+    learn = learner(run=run, distributed=APART, save_every="none")
+    commanding = Commanding(run)
+    learn.add(On("after_batch", lambda learn: None if learn.rank else commanding(learn)))
+    learn.add(On("before_turn", lambda learn: rates.append((learn.step, learn.player.opt.param_groups[0]["lr"]))))
+    learn.fit(steps=5000)
+    changes = [(step, rate) for i, (step, rate) in enumerate(rates) if not i or rates[i - 1][1] != rate]
+    return told(learn, changes=changes)
+
+
 def kept(folder, name, **kw):
     kw = {"opt": ADAMW, "accumulate": 3, "cbs": EMA(0.9), "save_every": 4, "keep": "all", **kw}
     return learner(kw.pop("model", net()), run=folder / name, **kw)
@@ -135,6 +291,61 @@ def saved_apart(folder):
     learn = kept(folder, "apart", distributed=APART)
     learn.fit(3)
     return told(learn, files=sorted(p.name for p in (folder / "apart" / "checkpoints").glob("*-000000008*/*")))
+
+
+def behind(folder):
+    "Rank 1 takes its time to write while all go on training; then its disk is full."
+    import torch.distributed.checkpoint as dcp
+
+    write, gate, found = dcp.FileSystemWriter.write_data, threading.Event(), {"there": []}
+
+    def patient(*args, **kw):
+        gate.wait(60)
+        return write(*args, **kw)
+
+    def full(*args, **kw):
+        raise OSError(28, "No space left on device")
+
+    def act(learn):
+        if learn.step in (2, 8):
+            dcp.FileSystemWriter.write_data = {(1, 2): patient, (1, 8): full}.get((learn.rank, learn.step), write)
+            learn.save(f"after {learn.step}", background=True)
+            found[learn.step] = made_whole(learn.model.state_dict())
+        if learn.step == 5:
+            found["there"] += sorted(p.name for p in (folder / "behind" / "checkpoints").glob("ckpt-*.pt"))
+            learn.team.gather(0)
+            gate.set()
+
+    learn = learner(run=folder / "behind", distributed=APART, save_every="none", cbs=On("after_batch", act))
+    learn.fit(2)
+    found["problem"] = str(learn.checkpoints.problem(wait=True)) if learn.rank == 0 else ""
+    dcp.FileSystemWriter.write_data = write
+    learn.save("at last")
+    learn.restore("after 2")
+    found["back"] = made_whole(learn.model.state_dict())
+    found["notes"] = [e.info["note"] for e in learn.checkpoints] if learn.rank == 0 else []
+    found["files"] = sorted(p.name for p in (folder / "behind" / "checkpoints").glob("ckpt-*"))
+    return learn.team.gather(found)
+
+
+def falls_back(folder):
+    "The newest checkpoints have lost something: all ranks take the one before; a certain one is refused by all."
+    shutil.copytree(folder / "apart", folder / "back") if int(os.environ["RANK"]) == 0 else None
+    learn, found = kept(folder, "back", model=net(seed=9), distributed=APART), []
+    for harm in (lambda f: None, lambda f: (f / "__1_0.distcp").write_bytes(b"x"), lambda f: shutil.rmtree(f)):
+        if learn.rank == 0:
+            harm(learn.checkpoints.list()[-max(1, len(found))].path.with_suffix(".parts"))
+        learn.team.gather(0)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            entry = learn.restore("last")
+        words = [str(w.message) for w in said if "Going back" in str(w.message)]
+        found.append((entry.step, learn.step, words, float(made_whole(learn.model.state_dict())["0.weight"].sum())))
+    try:
+        learn.restore(found[0][0])
+    except Exception as error:
+        found.append(f"{type(error).__name__}: {error}")
+    return learn.team.gather(found)
 
 
 def alone(folder):
@@ -202,6 +413,8 @@ def refused(folder):
     attempt(lambda: learner(opt=OptimBuilder("adafactor", lr=0.01)))
     attempt(lambda: learner(compile=True))
     attempt(lambda: learner(cbs=AdaptiveClip())._prepare(None))
+    attempt(lambda: learner(cbs=HistoricalAverage())._prepare(None))
+    attempt(lambda: learner(cbs=Doctor())._prepare(None))
     attempt(lambda: learner().export_weights("x.safetensors"))
     attempt(lambda: learner().load_weights(net()))
     attempt(lambda: gan(folder, penalties=[HalfWay()]))
@@ -227,13 +440,30 @@ def dies(folder):
         raise
 
 
+def killed(folder):
+    "Rank 1 is killed while it writes its part of the second checkpoint behind the training."
+    import torch.distributed.checkpoint as dcp
+
+    def fault(learn):
+        if learn.rank == 1 and learn.step == 7:
+            dcp.FileSystemWriter.write_data = lambda *a, **kw: ranks.time.sleep(0.2) or os.kill(os.getpid(), 9)
+
+    learn = learner(run=folder / "killed", distributed=APART, save_every=6, cbs=On("before_batch", fault))
+    try:
+        learn.fit(steps=10**6)
+    except Exception as error:
+        Path(folder, f"killed.{learn.rank}.txt").write_text(f"{type(error).__name__}: {error}\n{learn.step}")
+        raise
+
+
 SCENARIOS = {f.__name__: f for f in (
-    plain, adamw, ddp, accumulated, whole_numbers, unused, gan_every, gan_at_once, gan_penalty, gan_norms, averaged, steered,
-    saved, saved_apart, alone, resumed, resumed_apart, resumed_alone, mixed, refused, dies)}  # fmt: skip
+    plain, adamw, ddp, accumulated, whole_numbers, unused, gan_every, gan_at_once, gan_penalty, gan_norms, early, bad_steps,
+    frozen_turns, bounded, spectral, tied, wrapped, averaged, steered, cancels, cancels_others, interrupted, commanded, saved,
+    saved_apart, behind, falls_back, alone, resumed, resumed_apart, resumed_alone, mixed, refused, dies, killed)}  # fmt: skip
 
 
 def main():
-    faulthandler.dump_traceback_later(300, exit=True)
+    faulthandler.dump_traceback_later(600, exit=True)  # nobody may be there any more who would end it
     folder, *names = sys.argv[1:]
     ranks.told = told
     for name in names:

@@ -1,12 +1,14 @@
 "The store on the day something else went wrong: bits flipped, disk full, process killed, file from somebody else."
 
 import builtins
+import contextlib
 import errno
 import json
 import os
 import pickle
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -893,3 +895,99 @@ def test_a_checkpoint_that_somebody_took_away_is_missed(tmp_path):
     store.find(2).path.unlink()
     with pytest.warns(UserWarning, match="ckpt-000000002.json describe checkpoints that are gone"):
         assert store.load()[1].id == "1"
+
+
+# --- retention ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def in_parts(tmp_path_factory):
+    "Saves a checkpoint with parts beside it: those of one that was converted."
+    from trainkit.converter import convert
+
+    made = Checkpoints(tmp_path_factory.mktemp("apart")).save({"players": {"model": torch.ones(3)}}, 0).path
+    convert(made, "sharded")
+    state = read_checkpoint(made, whole=False)["state"]
+
+    def save(store, step, info=None):
+        folder = store.folder / f"ckpt-{step:09d}.parts"
+        shutil.copytree(made.with_suffix(".parts"), folder)
+        return store.save({**state, "parts": {**state["parts"], "folder": folder.name}}, step, info)
+
+    return save
+
+
+def break_file(path):
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+HARMS = {
+    "nothing": lambda path: None,
+    "file": break_file,
+    "part": lambda path: break_file(path.with_suffix(".parts") / "__0_0.distcp"),
+    "lost part": lambda path: (path.with_suffix(".parts") / ".metadata").unlink(),
+    "parts": lambda path: shutil.rmtree(path.with_suffix(".parts")),
+    "renamed": lambda path: path.rename(path.with_name(f"ckpt-0000000{50 + int(path.stem[-1])}.pt")),
+}
+
+
+def restorable(store):
+    "Ids of the checkpoints that can be loaded, as the one who restores finds out."
+    good = []
+    for entry in store:
+        with contextlib.suppress(CheckpointError):
+            store.load(entry)
+            good.append(entry.id)
+    return good
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.booleans(), st.sampled_from([*HARMS]), st.booleans()), min_size=3, max_size=6), st.integers(2, 3))
+def test_after_any_retention_something_can_be_restored(in_parts, saves, keep):
+    "Whichever checkpoints are damaged, and in which of their files: retention leaves one that was good, if one was."
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        store = Checkpoints(folder, keep=None)
+        for step, (apart, harm, _) in enumerate(saves):
+            entry = in_parts(store, step) if apart else store.save({"players": {}}, step)
+            if apart or harm in ("nothing", "file", "renamed"):
+                HARMS[harm](entry.path)
+        good = restorable(store)
+        store.keep, store.keep_best, newest = keep, 0, store.list()[-keep:]
+        store.retire()
+        left = restorable(store)
+        assert {*left} <= {*good} and (left or not good)
+        assert len(store) == (keep if {e.id for e in newest} & {*good} else len(saves))
+        for entry, (*_, delete) in zip(list(store), saves):
+            with contextlib.suppress(CheckpointError):
+                if delete:
+                    store.delete(entry)
+        assert restorable(store) or not good
+
+
+@pytest.mark.parametrize("harm", ["part", "lost part", "parts"])
+def test_what_lies_in_parts_counts_only_with_its_parts(tmp_path, in_parts, harm):
+    "The newest ones have lost a part: the last good one stays, and isn't deleted by hand either."
+    store = Checkpoints(tmp_path, keep=None)
+    store.save({}, 1)
+    whole = in_parts(store, 7)
+    assert whole.size == sum(p.stat().st_size for p in (whole.path, *whole.path.with_suffix(".parts").iterdir()))
+    store.delete("7")
+    for step in 2, 3:
+        HARMS[harm](in_parts(store, step).path)
+    store.keep = 2
+    store.retire()
+    assert [e.id for e in store] == ["1", "2", "3"] and restorable(store) == ["1"]
+    with pytest.raises(CheckpointError, match="the only one in .* that can be read"):
+        store.delete("1")
+    store.save({}, 4)
+    assert [e.id for e in store] == ["3", "4"]
+
+
+def test_a_new_one_whose_parts_did_not_get_there_costs_no_old_one(tmp_path, in_parts):
+    "The disk has taken the file, and not the parts that it speaks of; the one before has lost a part since."
+    store = Checkpoints(tmp_path, keep=2)
+    first, second = in_parts(store, 1), in_parts(store, 2)
+    HARMS["part"](second.path)
+    store.save({**read_checkpoint(first.path, whole=False)["state"], "parts": {"folder": "gone.parts", "files": {}}}, 3)
+    assert restorable(store) == ["1"]

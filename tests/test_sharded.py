@@ -11,13 +11,18 @@ import sharded_ranks
 import torch
 from ranks import net
 from test_distributed import EXACT, HERE, apart, assert_one, environment, finished, free_port
+from torch import nn
 
 from trainkit.converter import PARTS, convert
 from trainkit.distributed import Distributed
+from trainkit.sharded import Divided
 from trainkit.storage import read_checkpoint
 
-SAME = ["plain", "adamw", "accumulated", "unused", "gan_every", "gan_at_once", "gan_penalty", "averaged", "steered", "saved"]
-TWO = [*SAME, "ddp", "whole_numbers", "resumed", "saved_apart", "resumed_apart", "resumed_alone", "mixed", "refused"]
+SAME = ["plain", "adamw", "accumulated", "unused", "gan_every", "gan_at_once", "gan_penalty", "averaged", "steered", "saved",
+        "early", "frozen_turns", "bounded", "spectral", "tied"]  # fmt: skip
+BOTH = ["bad_steps", "cancels", "cancels_others", "interrupted"]
+TWO = [*SAME, *BOTH, "ddp", "wrapped", "gan_norms", "commanded", "whole_numbers", "resumed", "saved_apart", "behind",
+       "falls_back", "resumed_apart", "resumed_alone", "mixed", "refused"]  # fmt: skip
 FOUR = ["plain", "adamw", "gan_penalty", "resumed", "resumed_apart"]
 
 
@@ -30,7 +35,7 @@ def launch(n, folder, *names):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     one, two, four = (tmp_path_factory.mktemp(name) for name in ("one", "two", "four"))
-    finished(launch(1, one, *SAME, "whole_numbers", "alone"))
+    finished(launch(1, one, *SAME, *BOTH, "whole_numbers", "alone"))
     shutil.copytree(one / "alone", two / "alone")
     finished(launch(2, two, *TWO))
     for name in "saved", "apart":
@@ -59,8 +64,41 @@ def test_parts_do_what_ddp_does(runs):
     assert apart(found(runs, 2, "adamw")[0], found(runs, 2, "ddp")[0]) < EXACT
 
 
+def test_whatever_is_gathered_at_a_time(runs):
+    (alone,) = found(runs, 1, "adamw")
+    for every in found(runs, 2, "wrapped"):
+        assert_one(every)
+        assert apart(every[0], alone) < EXACT
+
+
+def test_norms_in_parts_do_what_they_do_under_ddp(runs):
+    norms = found(runs, 2, "gan_norms")
+    assert_one(norms["fsdp"])
+    assert apart(norms["fsdp"][0], norms["ddp"][0]) < 1e-6  # statistics travel as float32
+
+
+def test_a_step_that_is_infinite_on_one_rank_is_left_out_on_all(runs):
+    every, alone = found(runs, 2, "bad_steps"), found(runs, 1, "bad_steps")
+    for accumulate, ours in every.items():
+        assert_one(ours)
+        assert apart(ours[0], alone[accumulate][0]) < EXACT
+        assert [r["skipped"] for r in ours] == 2 * [alone[accumulate][0]["skipped"]] and ours[0]["skipped"] == {"model": 2}
+
+
 def test_where_sums_are_exact_so_are_the_weights(runs):
     assert apart(found(runs, 2, "whole_numbers")[0], found(runs, 1, "whole_numbers")[0]) == 0
+
+
+def test_tied_weights_stay_one(runs):
+    "In a file, and in parts: there once, though the second rank has nothing of them."
+    (alone,) = found(runs, 1, "tied")
+    for mine in found(runs, 2, "tied"):
+        for there in mine["weights"]["model"], mine["second"]:
+            assert torch.equal(there["first.weight"], there["second.weight"])
+            assert all((v - alone["weights"]["model"][k]).abs().max() < EXACT for k, v in there.items())
+    newest = max((runs[2] / "tied apart" / "checkpoints").glob("*.pt"))
+    modules = read_checkpoint(newest, whole=False)["state"]["players"]["model"]["modules"]["model"]
+    assert modules["first.weight"] == modules["second.weight"] and modules["last.weight"] != modules["first.weight"]
 
 
 @pytest.mark.parametrize("n", [2, 4])
@@ -91,7 +129,62 @@ def test_commands_act_on_all_ranks_before_the_same_step(runs):
     assert ("restore", 2, "") in alone["asked"] and {0.1, 0.01} == {rate for _, rate in alone["rates"]}
 
 
+def test_commands_through_the_run_folder_act_on_all_ranks_at_once(runs):
+    first, second = found(runs, 2, "commanded")
+    assert_one([first, second])
+    (_, rate), (changed, lower) = first["changes"]
+    assert (rate, lower) == (0.1, 0.025) and changed >= 2 and first["changes"] == second["changes"]
+    assert first["state"] == second["state"] == "stopped" and first["step"] == second["step"] < 5000
+    saved = [p.name for p in (runs[2] / "commanded" / "checkpoints").iterdir()]
+    assert any(name.endswith(".parts") for name in saved)
+
+
+def test_what_one_rank_cancels_while_all_look_on_all_cancel(runs):
+    every, alone = found(runs, 2, "cancels"), found(runs, 1, "cancels")
+    assert every.keys() == alone.keys() and len(every) == 2 * len(sharded_ranks.LOOKING) + 4
+    for key, ours in every.items():
+        assert_one(ours)
+        assert apart(ours[0], alone[key][0]) < EXACT, key
+        for what in "step", "epoch", "state":
+            assert ours[0][what] == alone[key][0][what], (key, what)
+        steps = [{name: steps for name, (steps, _) in r["history"].items()} for r in (ours[0], alone[key][0])]
+        assert steps[0] == steps[1], key  # what was cut off is recorded nowhere
+
+
+def test_tests_and_predictions_are_cancelled_together(runs):
+    first, second = found(runs, 2, "cancels_others")
+    assert [first] == found(runs, 1, "cancels_others") and first == second and {word for *_, word in first} == {"CancelFit"}
+
+
+def test_an_interrupt_of_one_rank_is_everybodys_and_leaves_a_checkpoint(runs):
+    every, (alone,) = found(runs, 2, "interrupted"), found(runs, 1, "interrupted")
+    assert [(r["state"], r["at"]) for r in every] == 2 * [("interrupted", 4)] and "saved as 4" in every[0]["said"]
+    assert_one(every)
+    assert apart(every[0], alone) < EXACT
+
+
 # ------------------------------------------------------------------------------------------------------- coming back
+
+
+def test_parts_are_written_behind_the_training(runs):
+    "What was saved is what was there then; what one rank can't write is no checkpoint, and costs none of the others."
+    for r in found(runs, 2, "behind"):
+        assert r["there"] == []  # three steps later, the first is still being written
+        assert all(torch.equal(v, r["back"][k]) for k, v in r[2].items()) and not torch.equal(r[8]["0.weight"], r[2]["0.weight"])
+        stems = [f"ckpt-{step:09d}.{kind}" for step in (2, 12) for kind in ("json", "parts", "pt")]
+        assert r["files"] == stems
+    first = found(runs, 2, "behind")[0]
+    assert first["notes"] == ["after 2", "at last"]
+    assert "could not write" in first["problem"] and "rank 1: OSError: [Errno 28] No space left" in first["problem"]
+
+
+def test_where_the_newest_has_lost_a_part_all_ranks_take_the_one_before(runs):
+    first, second = found(runs, 2, "falls_back")
+    assert [f[:2] for f in first[:3]] == [(18, 18), (16, 16), (12, 12)] and [len(f[2]) for f in first[:3]] == [0, 1, 2]
+    assert "ckpt-000000018.parts: __1_0.distcp isn't what was written. Going back to the checkpoint before it" in first[1][2][0]
+    assert "ckpt-000000016.parts, are not beside it" in first[2][2][1]
+    assert [(f[0], f[3]) for f in first[:3]] == [(s[0], s[3]) for s in second[:3]] and len({f[3] for f in first[:3]}) == 3
+    assert first[3] == second[3] and "ckpt-000000018.parts: __1_0.distcp isn't what was written" in first[3]
 
 
 @pytest.mark.parametrize("whole, again", [("saved", "resumed"), ("saved_apart", "resumed_apart")])
@@ -143,15 +236,19 @@ def test_every_rank_writes_its_part_and_one_form_becomes_the_other(runs, tmp_pat
         convert(path, "parquet")
 
 
-def test_a_rank_that_dies_while_it_writes_leaves_the_checkpoint_before(tmp_path):
-    process = launch(2, tmp_path, "dies")
-    process.communicate(timeout=200)
-    assert process.returncode != 0
-    folder = tmp_path / "dies" / "checkpoints"
-    assert sorted(p.name for p in folder.glob("ckpt-*")) == ["ckpt-000000006.json", "ckpt-000000006.parts", "ckpt-000000006.pt",
-                                                              "ckpt-000000012.parts.new"]  # fmt: skip
-    learn = sharded_ranks.learner(net(seed=9), run=tmp_path / "dies", distributed=None, save_every="none")
-    assert learn.restore("last").info["note"] == "first" and learn.step == 6
+def test_a_rank_that_dies_ends_the_others_and_leaves_the_checkpoint_before(tmp_path):
+    command, every = [sys.executable, str(HERE / "sharded_ranks.py"), str(tmp_path)], []
+    for name in "killed", "dies":  # without a launcher, which would end the other rank by force
+        among = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": free_port(), "MASTER_ADDR": "127.0.0.1"}
+        every += [subprocess.Popen([*command, name], env=environment(RANK=rank, LOCAL_RANK=rank, **among)) for rank in range(2)]
+    assert all([process.wait(200) for process in every])
+    for name in "killed", "dies":
+        assert "a rank was lost without a word" in (tmp_path / f"{name}.0.txt").read_text()
+        folder = tmp_path / name / "checkpoints"
+        there = {p.name for p in folder.glob("ckpt-*")} - {"ckpt-000000012.parts.new"}  # litter, until somebody saves again
+        assert there == {"ckpt-000000006.json", "ckpt-000000006.parts", "ckpt-000000006.pt"}
+        learn = sharded_ranks.learner(net(seed=9), run=tmp_path / name, distributed=None, save_every="none")
+        assert learn.restore("last").step == learn.step == 6
 
 
 # ------------------------------------------------------------------------------------------------------------- types
@@ -171,10 +268,21 @@ def test_narrow_types_over_ranks(runs, mode):
 
 
 def test_what_parts_cannot_do_is_refused_by_name(runs):
-    optimizer, compiled, clip, export, load, penalty = found(runs, 2, "refused")
+    optimizer, compiled, clip, history, doctor, export, load, penalty = found(runs, 2, "refused")
+    assert history.startswith("ValueError: HistoricalAverage and") and doctor.startswith("ValueError: Doctor and")
     assert "Adafactor takes means of rows and columns" in optimizer and "compile=" in compiled
     assert clip.startswith("ValueError: AdaptiveClip and distributed='fsdp'") and "trainkit export" in export
     assert "pretrained=" in load and "Distributed('fsdp', hold=True)" in penalty
+
+
+def test_an_older_torch_is_named(monkeypatch):
+    from torch.distributed.fsdp import FSDPModule
+
+    monkeypatch.delattr(FSDPModule, "set_reduce_scatter_unused_params")
+    module = nn.Linear(2, 2)
+    with pytest.raises(RuntimeError, match="needs torch 2.13 or newer"):
+        Divided(module, None)
+    assert type(module) is nn.Linear
 
 
 @pytest.mark.parametrize("wrong, words", [({"checkpoint": "many"}, "accepted: 'single' and 'sharded'"),

@@ -24,16 +24,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any, ClassVar
 
 import numpy as np
 from torch import Tensor
 
-from .storage import FORMAT, Background, clear_leftovers, fault_of, load_content, save_checked, write_atomically
+from .storage import FORMAT, Background, clear_leftovers, fault_of, load_content, parts_fault
 from .storage import CheckpointError as CheckpointError  # people look for these here, too
 from .storage import check_plain as check_plain
 from .storage import diff_state as diff_state
 from .storage import read_checkpoint as read_checkpoint
+from .storage import save_checked, write_atomically
 
 try:
     import fcntl
@@ -43,7 +45,7 @@ except ImportError:  # Windows
 # %% auto #0
 __all__ = ['ODD', 'Which', 'COLUMNS', 'printable', 'Entry', 'checked_meta', 'numbered', 'digest', 'small_text', 'read_side',
            'read_entry', 'meant', 'nothing_meant', 'ranked', 'Shelf', 'made_folder', 'Claimed', 'Locked',
-           'whole_or_none', 'Retention', 'Writable', 'Readable', 'Checkpoints']
+           'whole_or_none', 'misplaced', 'Retention', 'Waited', 'Writable', 'Readable', 'Checkpoints']
 
 # %% ../nbs/23_checkpoint.ipynb #1873f079
 def printable(text: str) -> str:
@@ -60,7 +62,7 @@ class Entry:
     path: Path
     seq: int = -1  # place in the order of saving; -1 when that can't be read
     time: float = 0.0  # seconds since the epoch
-    size: int = 0  # bytes
+    size: int = 0  # bytes, with what lies in parts
     info: dict[str, Any] = field(default_factory=dict, hash=False)
     run: str = ""  # what tells the run's checkpoints from another's
     thumbnail: bytes | None = None  # a PNG
@@ -119,7 +121,7 @@ def numbered(path: Path) -> tuple[str, int]:
 def _entry(path: Path, meta: Mapping[str, Any], size: int | None = None) -> Entry:
     "An entry from a file's name, its size and what it says."
     (name, step), said = numbered(path), checked_meta(meta)
-    size = path.stat().st_size if size is None else size
+    size = sum(p.stat().st_size for p in (path, *path.with_suffix(".parts").glob("*"))) if size is None else size
     run = f"{said.get('run') or ''}"
     return Entry(name, step, path, said["seq"], said["time"], size, said.get("info", {}), run, said["thumbnail"])
 
@@ -355,7 +357,20 @@ def whole_or_none(name: str, value: Any, least: int) -> int | None:
         raise ValueError(f"{name}={value!r}{why}; accepted: a whole number >= {least}, or None")
     return value
 
+# %% ../nbs/23_checkpoint.ipynb #82c92539
+def misplaced(path: Path, meta: str, run: str) -> str:
+    "Why a checkpoint can't be what its place says, by what it says of itself; empty when it can."
+    _, step = numbered(path)
+    try:
+        said = json.loads(meta)
+        its, whose = said.get("step", step), said.get("run", "")
+    except ODD as error:
+        return f"what it says of itself is no description: {error}"
+    if its != step:
+        return f"by its name it is of step {step}, and it is of step {its}: was it renamed, or swapped with another?"
+    return "it belongs to another run than this folder's" if whose and whose != (run or whose) else ""
 
+# %% ../nbs/23_checkpoint.ipynb #f1fd6cc7
 class Retention(Locked):
     "Drops what is no longer wanted, once something newer is safely there."
 
@@ -376,24 +391,52 @@ class Retention(Locked):
         stay = {e for e in entries if e.pinned or (every and e.step % every == 0)}
         return stay | {*(entries[-self.keep :] if self.keep else entries)} | {*ranked(entries)[: self.keep_best]}
 
-    def readable(self, entries: Iterable[Entry]) -> bool:
-        "Is one of them undamaged? The newest are looked at first."
-        return any(not fault_of(entry.path) for entry in reversed([*entries]))
+    def fault(self, entry: Entry) -> str:
+        "Why a checkpoint can't be restored; empty when it can. All of it is read, what lies in parts, too."
+        try:
+            content = {} if (fault := fault_of(entry.path)) else load_content(entry.path, mapped=True)
+        except CheckpointError as error:
+            fault = str(error)
+        whose = self.owner().get("run", "")
+        return fault or parts_fault(entry.path, content["state"]) or misplaced(entry.path, content["meta"], whose)
 
-    def retire(self) -> None:
-        "Delete what isn't wanted any more, unless what would be left can't be read."
+    def readable(self, entries: Iterable[Entry], new: Mapping[Path, Any] | None = None) -> bool:
+        "Can one of them be restored? The newest are looked at first; of a new one, its writers have just read the parts back."
+        new = new or {}
+        return any(not (fault_of(e.path) or parts_fault(e.path, new[e.path], sizes=True) if e.path in new else self.fault(e))
+                   for e in reversed([*entries]))  # fmt: skip
+
+    def retire(self, new: Mapping[Path, Any] | None = None) -> None:
+        "Delete what isn't wanted any more, unless nothing of what would be left can be restored."
         entries = self.list()
         gone = [e for e in entries if e not in (stay := self.wanted(entries))]
-        if gone and self.readable(e for e in entries if e in stay):
+        if gone and self.readable((e for e in entries if e in stay), new):
             for entry in gone:
                 with contextlib.suppress(OSError):  # it will be tried again at the next save
                     _remove(entry.path)
 
-# %% ../nbs/23_checkpoint.ipynb #82c92539
-class Writable(Retention):
-    "A shelf that takes new checkpoints and drops old ones."
+# %% ../nbs/23_checkpoint.ipynb #ef908523
+class Waited(Retention):
+    "A shelf that something may be written to in the background."
 
     _background: Background | None = None
+
+    def wait(self) -> None:
+        "Until what is being written lies there."
+        if self._background is not None:
+            self._background.wait()
+
+    def problem(self, wait: bool = False) -> Exception | None:
+        "What went wrong in the background, told once; None when nothing did, or (without `wait`) isn't known to have."
+        if wait:
+            self.wait()
+        return None if self._background is None else self._background.problem()
+
+# %% ../nbs/23_checkpoint.ipynb #ccb690c8
+class Writable(Waited):
+    "A shelf that takes new checkpoints and drops old ones."
+
+    completed: Callable[[Path, dict[str, Any]], Any] = staticmethod(lambda path, state: None)  # before a state is written
 
     def save(
         self,
@@ -411,30 +454,20 @@ class Writable(Retention):
         meta |= {"step": step, "run": self.owner().get("run", "")}
         meta["thumbnail"] = base64.b64encode(thumbnail).decode() if thumbnail else None
         content = {"format": FORMAT, "meta": json.dumps(meta), "state": check_plain(state, copy=background)}
-        path = _free_path(self.folder, step)
+        path, write = _free_path(self.folder, step), partial(self._write, completed=self.completed)
         if not background:
-            self._write(path, content, meta)
+            write(path, content, meta)
             return _entry(path, meta)
         self._background = self._background or Background()
-        self._background.start(partial(self._write, path, content, meta))
+        self._background.start(partial(write, path, content, meta))
         return _entry(path, meta, size=0)
 
-    def _write(self, path: Path, content: dict[str, Any], meta: Mapping[str, Any]) -> None:
+    def _write(self, path: Path, content: dict[str, Any], meta: Mapping[str, Any], completed: Callable) -> None:
+        completed(path, content["state"])
         write_atomically(path, partial(save_checked, content))
         with contextlib.suppress(CheckpointError):  # it can be written again from the checkpoint
             _describe(path, meta)
-        self.retire()
-
-    def wait(self) -> None:
-        "Until what is being written lies there."
-        if self._background is not None:
-            self._background.wait()
-
-    def problem(self, wait: bool = False) -> Exception | None:
-        "What went wrong in the background, told once; None when nothing did, or (without `wait`) isn't known to have."
-        if wait:
-            self.wait()
-        return None if self._background is None else self._background.problem()
+        self.retire({path: content["state"]})
 
 # %% ../nbs/23_checkpoint.ipynb #d650ba76
 def _said_after(path: Path, seq: int) -> bool:
@@ -451,6 +484,7 @@ class Readable(Writable):
     "A shelf whose checkpoints are given back."
 
     whole: bool = True  # what ranks have written in parts is put together; False: the state says where the parts are
+    passed: Mapping[Path, str] = MappingProxyType({})  # files that ranks have found something wrong with, and what
 
     def load(self, which: Which = "last") -> tuple[dict[str, Any], Entry]:
         "The state of a checkpoint, on the CPU, and its entry; CheckpointError names the file and its fault."
@@ -476,17 +510,11 @@ class Readable(Writable):
         return [path.stem for path in files if not path.is_file() and _said_after(path, last)]
 
     def _read(self, entry: Entry) -> dict[str, Any]:
+        if entry.path in self.passed:
+            raise CheckpointError(f"cannot read {entry.path}: {self.passed[entry.path]}")
         content = read_checkpoint(entry.path, self.whole)
-        try:
-            said = json.loads(content["meta"])
-            step, run = said.get("step", entry.step), said.get("run", "")
-        except ODD as error:
-            raise CheckpointError(f"cannot read {entry.path}: what it says of itself is no description: {error}") from error
-        if step != entry.step:
-            raise CheckpointError(f"cannot read {entry.path}: by its name it is of step {entry.step}, and it is of step {step}: "
-                                  "was it renamed, or swapped with another?")  # fmt: skip
-        if run and run != self.owner().get("run", run):
-            raise CheckpointError(f"cannot read {entry.path}: it belongs to another run than this folder's")
+        if fault := misplaced(entry.path, content["meta"], self.owner().get("run", "")):
+            raise CheckpointError(f"cannot read {entry.path}: {fault}")
         return content["state"]
 
 # %% ../nbs/23_checkpoint.ipynb #e1559364
@@ -512,7 +540,7 @@ class Checkpoints(Readable):
         entry = self.find(which)
         if entry.pinned:
             raise CheckpointError(f"checkpoint {entry.id} is pinned; pin({entry.id!r}, False) releases it")
-        if not fault_of(entry.path) and not self.readable(e for e in self if e != entry):
+        if not self.fault(entry) and not self.readable(e for e in self if e != entry):
             raise CheckpointError(f"checkpoint {entry.id} is the only one in {self.folder} that can be read; it is not deleted")
         try:
             _remove(entry.path)

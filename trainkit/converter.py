@@ -11,7 +11,6 @@ import os
 import pickle
 import shutil
 import warnings
-import zlib
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -20,15 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .sharded import in_parts, mapped
-from .storage import CheckpointError, read_checkpoint, save_checked, write_atomically
+from .checkpoint import Locked
+from .sharded import in_parts, mapped, where_it_lies
+from .storage import PARTS as PARTS  # people look for it here, too
+from .storage import CheckpointError, fault_in, read_checkpoint, save_checked, sums_of, write_atomically
 
 # %% auto #0
-__all__ = ['PARTS', 'MARK', 'is_mark', 'taken_apart', 'put_back', 'marks_in', 'in_our_words', 'sums_of', 'written_by',
-           'store_parts', 'clear_parts', 'Plain', 'described', 'fault_in', 'fill', 'place_for', 'with_parts', 'convert']
+__all__ = ['MARK', 'is_mark', 'taken_apart', 'put_back', 'marks_in', 'in_our_words', 'alone', 'written_by', 'store_parts',
+           'read_back', 'clear_parts', 'Plain', 'described', 'PartsError', 'looked_through', 'fill', 'place_for',
+           'with_parts', 'held', 'convert']
 
 # %% ../nbs/66a_converter.ipynb #e96a93a5
-PARTS, MARK = "parts", "trainkit.part"  # where a state says which files there are; what stands for a tensor that is in them
+MARK = "trainkit.part"  # what stands for a tensor that lies in parts
 
 
 def is_mark(x: Any) -> bool:
@@ -39,13 +41,15 @@ def is_mark(x: Any) -> bool:
 def taken_apart(
     state: Any,  # a nest with tensors of which each rank has a part
 ) -> tuple[Any, dict[str, Tensor]]:
-    "The nest with marks in place of those tensors, and the tensors by their names."
+    "The nest with marks in place of those tensors, and the tensors by their names; what is there twice (tied) is one of them."
     found: dict[str, Tensor] = {}
+    known: dict[tuple, str] = {}
 
     def walk(x: Any, path: str) -> Any:
         if in_parts(x):
-            found[path] = x.detach()
-            return {MARK: path, "shape": [*x.shape], "dtype": x.dtype}
+            if (name := known.setdefault(where_it_lies(x), path)) == path:
+                found[path] = x.detach()
+            return {MARK: name, "shape": [*x.shape], "dtype": x.dtype}
         if isinstance(x, Mapping):
             keys = iter(x)
             return mapped(x, lambda value: walk(value, f"{path}/{next(keys)}".lstrip("/")))
@@ -74,9 +78,7 @@ def in_our_words(what: str, path: Path) -> Iterator[None]:
     from torch.distributed.checkpoint import CheckpointException
 
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)")
-            yield
+        yield
     except CheckpointException as error:
         rank, (failure, _) = next(iter(error.failures.items()))
         if "onnection" in str(failure) or isinstance(failure, torch.distributed.DistError):
@@ -84,16 +86,14 @@ def in_our_words(what: str, path: Path) -> Iterator[None]:
         raise CheckpointError(f"could not {what} {path}: rank {rank}: {type(failure).__name__}: {failure}") from error
 
 
-def sums_of(folder: Path, names: Iterator[str] | list[str]) -> dict[str, list[int]]:
-    "Size and checksum of files."
-    found = {}
-    for name in names:
-        with open(folder / name, "rb") as file:
-            size = check = 0
-            while block := file.read(2**22):
-                size, check = size + len(block), zlib.crc32(block, check)
-        found[name] = [size, check]
-    return found
+@contextlib.contextmanager
+def alone(team: Any) -> Iterator[None]:
+    "Inside, torch doesn't warn that there are no other ranks. (Where there are some, a thread may be at work behind this one.)"
+    with contextlib.ExitStack() as stack:
+        if team is None:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)")
+        yield
 
 
 def written_by(folder: Path, rank: int) -> list[str]:
@@ -109,17 +109,30 @@ def store_parts(
     "Write what ranks have into the folder beside a checkpoint; returns what the checkpoint must say of it."
     import torch.distributed.checkpoint as dcp
 
-    rank, first = (0, lambda make: make()) if team is None else (team.rank, team.from_first)
+    first, group = (lambda make: make(), None) if team is None else (team.from_first, getattr(team, "group", None))
     folder = path.with_suffix(".parts")
     temp = Path(first(lambda: _made_temp(folder)))
-    with in_our_words("write", folder):
-        dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(temp, sync_files=True), no_dist=team is None)
-    mine = sums_of(temp, written_by(temp, rank))
-    every = {name: said for one in ([mine] if team is None else team.gather(mine)) for name, said in one.items()}
+    with in_our_words("write", folder), alone(team):
+        writer = dcp.FileSystemWriter(temp, sync_files=True)
+        dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=team is None)
+    every = read_back(temp, folder, team)
     first(lambda: _publish(temp, folder, every))
     return {"folder": folder.name, "files": every}
 
 
+def read_back(temp: Path, folder: Path, team: Any) -> dict[str, list[int]]:
+    "Sizes and checksums of all files, each read by the rank that wrote it; CheckpointError on all ranks if one can't."
+    rank, sums, fault = 0 if team is None else team.rank, {}, ""
+    try:
+        sums = sums_of(temp, written_by(temp, rank))
+    except OSError as error:
+        fault = f"could not write {folder}: rank {rank}: {error}"
+    said = [(sums, fault)] if team is None else team.gather((sums, fault))
+    if found := next((fault for _, fault in said if fault), ""):
+        raise CheckpointError(found)
+    return {name: sums for theirs, _ in said for name, sums in theirs.items()}
+
+# %% ../nbs/66a_converter.ipynb #f1fbc7ff
 def _made_temp(folder: Path) -> str:
     temp = folder.with_name(f"{folder.name}.new")
     try:
@@ -162,6 +175,7 @@ class Plain(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         "A name that is known; UnpicklingError for any other."
         kind = getattr(torch, name, None) if module == "torch" else None
+        if module == "pathlib._local": module = "pathlib"  # as only Python 3.13 calls it
         if name in self.NAMES.get(module, ()) or isinstance(kind, torch.dtype) or kind is torch.Size:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it would call {module}.{name}")
@@ -179,18 +193,33 @@ def described(folder: Path, files: Mapping[str, Any]) -> Any:
         raise CheckpointError(f"cannot read {folder}: it speaks of {named}, which the checkpoint doesn't")
     return found
 
+# %% ../nbs/66a_converter.ipynb #7f4d23da
+class PartsError(CheckpointError):
+    "Parts that can't be read, as all ranks have found at once."
 
-def fault_in(folder: Path, files: Mapping[str, Any]) -> str:
-    "What is wrong with the bytes of a folder's files; empty when they are as they were written."
-    for name, said in files.items():
-        try:
-            if "/" in name or sums_of(folder, [name])[name] != [*said]:
-                return f"{name} isn't what was written"
-        except OSError as error:
-            return f"{name}: {error}"
-    return ""
+    def __init__(self, folder: Path, fault: str):
+        super().__init__(f"cannot read {folder}: {fault}")
+        self.path, self.fault = folder.with_suffix(".pt"), f"its parts, {folder.name}: {fault}"  # the checkpoint file
 
-# %% ../nbs/66a_converter.ipynb #46967989
+
+def looked_through(
+    folder: Path,  # of parts
+    files: Mapping[str, Any],  # size and checksum of each, by name
+    team: Any = None,  # the ranks, all of which call; None: this process alone
+) -> Any:
+    "Torch's description of parts that are in order; each file is read by one of the ranks, and PartsError is raised on all."
+    rank, size = (0, 1) if team is None else (team.rank, team.size)
+    fault, metadata = fault_in(folder, {name: files[name] for name in sorted(files)[rank::size]}), None
+    try:
+        metadata = described(folder, files)
+    except CheckpointError as error:
+        fault = fault or str(error).removeprefix(f"cannot read {folder}: ")
+    faults = [fault] if team is None else team.gather(fault, "a look at the parts of a checkpoint")
+    if found := next(filter(None, faults), ""):
+        raise PartsError(folder, found)
+    return metadata
+
+# %% ../nbs/66a_converter.ipynb #fa9ca2f8
 def fill(
     parts: Mapping[str, Any],  # what a checkpoint says of its parts
     wanted: Mapping[str, Tensor],  # by name; they become what was saved, each rank's parts on each rank
@@ -199,24 +228,23 @@ def fill(
     "Read tensors from parts; every file is checked, by one of the ranks."
     import torch.distributed.checkpoint as dcp
 
-    rank, size = (0, 1) if team is None else (team.rank, team.size)
-    folder, files = Path(parts["at"]), parts["files"]
-    fault = fault_in(folder, {name: files[name] for name in sorted(files)[rank::size]})
-    faults = [fault] if team is None else team.gather(fault)
-    if found := next(filter(None, faults), ""):
-        raise CheckpointError(f"cannot read {folder}: {found}")
-    reader = dcp.FileSystemReader(folder)
-    metadata = described(folder, files)
+    folder = Path(parts["at"])
+    metadata, reader = looked_through(folder, parts["files"], team), dcp.FileSystemReader(folder)
     metadata.storage_meta.load_id = reader.load_id
     reader.read_metadata = lambda *a, **kw: metadata  # type: ignore[method-assign]  # torch would unpickle it
-    with in_our_words("read", folder):
-        dcp.load(dict(wanted), storage_reader=reader, no_dist=team is None)
+    try:
+        with in_our_words("read", folder), alone(team):
+            dcp.load(dict(wanted), storage_reader=reader, no_dist=team is None)
+    except CheckpointError as error:
+        raise PartsError(folder, str(error)) from error
 
-
-def place_for(mark: Mapping[str, Any], part: Any, wanted: dict[str, Tensor]) -> Any:
-    "An empty tensor for what a mark stands for, in parts if `part` is one; it is put among what is `wanted`."
+# %% ../nbs/66a_converter.ipynb #21c81129
+def place_for(mark: Any, part: Any, wanted: dict[str, Tensor]) -> Any:
+    "An empty tensor for what a mark stands for, in parts if `part` is one; it is put among what is `wanted`. Nests: all marks."
     if not is_mark(mark):
-        return mapped(mark, lambda x: place_for(x, None, wanted) if isinstance(x, Mapping) else x)
+        return mapped(mark, lambda x: place_for(x, None, wanted))
+    if mark[MARK] in wanted:
+        return wanted[mark[MARK]]
     shape, dtype = torch.Size(mark["shape"]), mark["dtype"]
     if in_parts(part) and part.shape == shape:
         from torch.distributed.tensor import empty
@@ -246,6 +274,18 @@ def with_parts(
     return {**content, "state": state}
 
 # %% ../nbs/66a_converter.ipynb #a98c51b2
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    "Inside, nobody else writes checkpoints into the folder of a run; CheckpointError when somebody trains there now."
+    store = Locked(folder)
+    if (folder / "owner.json").is_file():  # other folders are nobody's run
+        store.lock()
+    try:
+        yield
+    finally:
+        store.unlock()
+
+
 def convert(
     path: str | Path,  # a checkpoint file
     to: str,  # "single" or "sharded"
@@ -255,30 +295,36 @@ def convert(
     if to not in ("single", "sharded"):
         raise ValueError(f"a checkpoint is converted to 'single' or 'sharded'; received {to!r}")
     path = Path(path)
-    new, old = path if out is None else Path(out), path.with_suffix(".parts")
-    if new.suffix != ".pt" or (out is not None and (new.exists() or new.with_suffix(".parts").exists())):
-        raise ValueError(f"the new checkpoint is a .pt file that isn't there yet; received {new}")
-    was_apart = PARTS in read_checkpoint(path, whole=False)["state"]
-    if out is None and was_apart == (to == "sharded"):
-        return path
+    new = path if out is None else Path(out)
+    with held(new.parent):
+        if new.suffix != ".pt" or (out is not None and (new.exists() or new.with_suffix(".parts").exists())):
+            raise ValueError(f"the new checkpoint is a .pt file that isn't there yet; received {new}")
+        was_apart = PARTS in read_checkpoint(path, whole=False)["state"]
+        if out is not None or was_apart != (to == "sharded"):
+            _convert(path, to, new)
+        if out is None and was_apart and to == "single":
+            shutil.rmtree(path.with_suffix(".parts"), ignore_errors=True)
+    return new
+
+# %% ../nbs/66a_converter.ipynb #593b1005
+def _convert(path: Path, to: str, new: Path) -> None:
     content = read_checkpoint(path)
     if to == "sharded":
         state, tensors = _apart(content["state"])
         content = {**content, "state": {**state, PARTS: store_parts(new, tensors, None)}}
     write_atomically(new, partial(save_checked, content))
-    if out is None and was_apart:
-        shutil.rmtree(old, ignore_errors=True)
-    return new
 
 
 def _apart(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     "The tensors of players, but for single numbers, in one process."
     found: dict[str, Tensor] = {}
+    known: dict[tuple, str] = {}
 
     def walk(x: Any, path: str) -> Any:
         if isinstance(x, Tensor) and x.ndim and x.layout is torch.strided and not x.is_quantized:
-            found[path] = x
-            return {MARK: path, "shape": [*x.shape], "dtype": x.dtype}
+            if (name := known.setdefault(where_it_lies(x), path)) == path:
+                found[path] = x
+            return {MARK: name, "shape": [*x.shape], "dtype": x.dtype}
         keys = iter(x) if isinstance(x, Mapping) else iter(range(10**9))
         return mapped(x, lambda value: walk(value, f"{path}/{next(keys)}"))
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +21,28 @@ from torch.nn.modules.batchnorm import _NormBase
 from .callback import Cancel, CancelStep
 from .callbacks.average import weights_of
 from .checkpoint import Entry, Which, _free_path
-from .converter import PARTS, clear_parts, fill, place_for, store_parts, taken_apart
+from .converter import PARTS, PartsError, clear_parts, fill, place_for, store_parts, taken_apart
 from .device import to_device
 from .distributed import SLOTS, Ranked
 from .identity import architectures, own_code
 from .player import Player, backward, share, unwrapped
 from .sharded import Divided, cut_alike, cut_like, made_whole
 from .state import misshapen
+from .storage import Background
 from .team import RankError
 
 # %% auto #0
 __all__ = ['MATRICES', 'WHOLE', 'HINTS', 'kinds_of', 'unfuse', 'Parting', 'Parted', 'from_afar', 'Asking', 'Gathered',
-           'Descending', 'Summing', 'Exchanging', 'Accompanying', 'moments_of', 'Cutting', 'Sharded']
+           'Descending', 'Summing', 'Exchanging', 'Awaiting', 'Accompanying', 'moments_of', 'Cutting', 'Aside',
+           'Writing', 'Behind', 'Parts', 'Sharded']
 
 # %% ../nbs/66b_fsdp.ipynb #c3f80c19
 MATRICES = {"Muon": "orthogonalises whole matrices", "Adafactor": "takes means of rows and columns",
             "LBFGS": "takes products of whole gradients", "SparseAdam": "takes sparse gradients"}  # fmt: skip
 WHOLE = {"AdaptiveClip": "it measures units of whole weights", "AutoClip": "it keeps norms that lie in parts",
          "NumericsTracer": "it copies the state of one process", "Recent": "it keeps whole states in memory",
-         "SWA": "its weights are not put in place in parts"}  # fmt: skip
+         "SWA": "its weights are not put in place in parts", "PastMeans": "its term is made of whole weights",
+         "Reading": "it measures gradients and steps of whole weights"}  # fmt: skip
 
 
 def kinds_of(optimizer: Any) -> list[str]:
@@ -53,7 +58,7 @@ def unfuse(player: Player) -> None:
             for group in part.param_groups:
                 group.update({"fused": False} if group.get("fused") else {})
 
-
+# %% ../nbs/66b_fsdp.ipynb #48efb0ec
 class Parting(Ranked):
     "Has a part of each module."
 
@@ -115,9 +120,9 @@ class Parted(Parting):
         return {**found, "code": {**code, **steps}, "architecture": architecture}
 
     def _prepare(self, target: Any) -> None:
-        for name, why in WHOLE.items():
-            if self.team.together and self.cbs.get(name) is not None:
-                raise ValueError(f"{name} and distributed='fsdp': {why}; leave it out, or take 'ddp'")
+        for name, why in WHOLE.items():  # of it, or of a class that is made of it: PastMeans is HistoricalAverage's
+            if self.team.together and (found := self.cbs.get(name)) is not None:
+                raise ValueError(f"{type(found).__name__} and distributed='fsdp': {why}; leave it out, or take 'ddp'")
         super()._prepare(target)
 
     def _bind(self) -> None:
@@ -312,15 +317,19 @@ class Exchanging(Summing):
         "Gradients that wait lie in parts."
 
 # %% ../nbs/66b_fsdp.ipynb #26f2eb71
-class Accompanying(Exchanging):
-    "Is there for the others' forwards."
+class Awaiting(Exchanging):
+    "Knows, before each batch, who still has one, and whether somebody has cancelled."
+
+    _cancelled: Cancel | None = None  # by this rank, in this walk: the others don't know yet
 
     def _batches(self, loader: Iterable[Any]) -> Iterator[tuple[int | None, Any]]:
         own, last, first = super()._batches(loader), None, True
         while True:
-            there = torch.tensor([float((told := next(own, None)) is not None)], device=self.device)
-            self.team.sum([there])
-            if not there:
+            told = None if self._cancelled else next(own, None)
+            said = torch.tensor([float(told is not None), float(self._cancelled is not None)], device=self.device)
+            self.team.sum([said])
+            there, cancelled = said.tolist()
+            if cancelled or not there:
                 return
             if first and there < self.team.size:
                 shared = self.team.share(None if told is None else to_device(told[1], torch.device("cpu")))
@@ -328,16 +337,35 @@ class Accompanying(Exchanging):
             last, first = last if told is None else told[1], False
             yield (None, last) if told is None else told
 
+    def _heard_all(self, what: str, mine: Any, cancel: Cancel | None) -> list[Any]:
+        return super()._heard_all(what, mine, cancel or self._cancelled)
+
+# %% ../nbs/66b_fsdp.ipynb #399fb55a
+class Accompanying(Awaiting):
+    "Is there for the others' forwards."
+
     def _look_at(self, what: str, told: tuple[int | None, Any], step: Callable, gathered: Any, mine: list) -> Any:
-        if told[0] is not None:
-            return super()._look_at(what, told, step, gathered, mine)
-        self.batch = to_device(told[1], self.device, channels_last=self.channels_last)
-        with self.precision.autocast():
-            step(self.batch)
+        begun = False
+
+        def going(batch: Any) -> Any:
+            nonlocal begun
+            begun = True
+            return step(batch)
+
+        try:
+            if told[0] is not None:
+                return super()._look_at(what, told, going, gathered, mine)
+        except Cancel as cancel:
+            self._cancelled = cancel
+        if not begun:
+            self.batch = to_device(told[1], self.device, channels_last=self.channels_last)
+            with self.precision.autocast():
+                step(self.batch)
         self.pred = None
         return None
 
     def _walk_together(self, what: str, loader: Iterable[Any], step: Callable, done: Callable[[Any], None]) -> None:
+        self._cancelled = None
         try:
             with self._afar(what):
                 super()._walk_together(what, loader, step, done)
@@ -351,7 +379,7 @@ def moments_of(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> di
     owner = {i: p for group, own in groups for i, p in zip(group.get("params", []), own["params"])}
     return {"state": {i: dict.fromkeys(kept, owner.get(i)) for i, kept in saved.get("state", {}).items()}}
 
-
+# %% ../nbs/66b_fsdp.ipynb #b698ddca
 class Cutting(Accompanying):
     "Cuts states to what this rank has."
 
@@ -372,12 +400,11 @@ class Cutting(Accompanying):
         callbacks = {key: {**cb.state_dict(), "averages": averages} for key, cb in self.cbs.keyed().items()}
 
         def cut(x: Any, part: Any) -> Any:
-            return place_for(x, part, wanted) if isinstance(x, Mapping) else cut_like(x, part)
+            return place_for(x, part, wanted) if isinstance(x, (Mapping, list, tuple)) else cut_like(x, part)
 
         found = cut_alike(state, {"players": models, "callbacks": callbacks}, cut)
         if PARTS in state:
-            fill(state[PARTS], wanted, self.team)
-            found.pop(PARTS)
+            fill(found.pop(PARTS), wanted, self.team)
         return found
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -402,10 +429,50 @@ class Cutting(Accompanying):
         super()._wear(players, states, callbacks)
 
 # %% ../nbs/66b_fsdp.ipynb #9cecfa63
-class Sharded(Cutting):
-    "A learner on one of several ranks, each of which has a part of the parameters."
+class Aside:
+    "The ranks once more, for what threads say to each other behind the training."
+
+    def __init__(self, team: Any, timeout: float):  # all ranks make one together
+        from torch.distributed.device_mesh import DeviceMesh
+
+        self.rank, self.size = team.rank, team.size
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        self.mesh = DeviceMesh.from_group(self.group, "cpu")
+
+    def gather(self, thing: Any) -> list[Any]:
+        "What each rank has, in their order."
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, thing, group=self.group)
+        return found
+
+    def from_first(self, make: Callable[[], Any]) -> Any:
+        "What `make` gives on rank 0, where alone it is called; an error there is raised on every rank."
+        made: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                made[0] = make()
+            except Exception as failure:
+                made[1] = failure
+        dist.broadcast_object_list(made, src=0, group=self.group)
+        if made[1] is not None:
+            raise made[1]
+        return made[0]
+
+    def copies(self, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+        "Copies of this rank's parts, in its host's memory."
+        from torch.distributed.tensor import DTensor
+
+        own = {name: x.to_local().detach().to("cpu", copy=True) for name, x in tensors.items()}
+        return {name: DTensor.from_local(own[name], self.mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride())
+                for name, x in tensors.items()}  # fmt: skip
+
+# %% ../nbs/66b_fsdp.ipynb #61ef0658
+class Writing(Cutting):
+    "Writes checkpoints."
 
     _whole: dict[str, Any] | None = None  # the state that is being saved
+    _aside: Aside | None = None
+    _later: Background | None = None  # on ranks other than the first: writes their parts
 
     def state_dict(self) -> dict[str, Any]:
         "Everything that decides the next step; of what is divided, this rank's part."
@@ -424,34 +491,93 @@ class Sharded(Cutting):
         for player in self.players:
             if player.window:
                 self._collect(player)
-        sharded = self.how.checkpoint == "sharded"
+        if self.how.checkpoint == "sharded":
+            return self._save_parts(note, pin, background)
         with self._afar("saving"):
-            self._whole = self._written() if sharded else made_whole(self.state_dict(), keep=not self.team.rank)
+            self._whole = made_whole(self.state_dict(), keep=not self.team.rank)
         try:
-            return super().save(note, pin, background and not sharded)
+            return super().save(note, pin, background)
         finally:
             self._whole = None
 
-    def _written(self) -> dict[str, Any]:
-        "Write this rank's part; the rest of the state, which says where the parts are."
+    def _save_parts(self, note: str, pin: bool | None, background: bool) -> Any:
+        raise NotImplementedError
 
-        def begin() -> str:
-            self._own_run()
-            clear_parts(folder := self._store().folder)
-            return str(_free_path(folder, self.step))
+# %% ../nbs/66b_fsdp.ipynb #49383b45
+class Behind(Writing):
+    "Writes parts behind the training."
 
-        path = Path(self.team.from_first(begin))
-        state, tensors = taken_apart(self.state_dict())
-        return {**state, PARTS: store_parts(path, tensors, self.team)}
+    def _save_behind(self, note: str, pin: bool | None, write: Callable[[], dict[str, Any]]) -> Any:
+        "Let a thread of each rank write, once that of rank 0 has begun; what goes wrong behind is told there."
+        entry, error = None, None
+        if not self.team.rank:
+            self._store().completed = lambda path, state: state.update({PARTS: write()})
+            try:
+                entry = Cutting.save(self, note, pin, True)
+            except Exception as found:
+                error = found
+            finally:
+                del self._store().completed
+        if self.team.share(error is None, "the beginning of a save") and self.team.rank:
+            self._later.start(write)  # type: ignore[union-attr]
+        if error is not None:
+            raise error
+        return entry
+
+    def _fit(self, target: Any, asked: dict[str, Any]) -> None:
+        try:
+            super()._fit(target, asked)
+        finally:
+            if self._later is not None:
+                self._later.wait()
+
+# %% ../nbs/66b_fsdp.ipynb #5e8f93cc
+class Parts(Behind):
+    "Writes checkpoints in parts."
+
+    def _save_parts(self, note: str, pin: bool | None, background: bool) -> Any:
+        "Write this rank's part, here or behind the training, and on rank 0 the rest of the state."
+        path = Path(self.team.from_first(self._begin_save))
+        self._later = self._later or Background()
+        self._later.wait()
+        self._whole, tensors = taken_apart(self.state_dict())
+        try:
+            if background:
+                self._aside = self._aside or Aside(self.team, self.how.timeout)
+                return self._save_behind(note, pin, partial(store_parts, path, self._aside.copies(tensors), self._aside))
+            with self._afar("saving"):
+                self._whole[PARTS] = store_parts(path, tensors, self.team)
+            return Cutting.save(self, note, pin, False)
+        finally:
+            self._whole = None
+
+    def _begin_save(self) -> str:
+        "On rank 0: the place of the next checkpoint, in a folder where nothing is left of those that were not finished."
+        self._own_run()
+        store = self._store()
+        store.wait()
+        clear_parts(store.folder)
+        return str(_free_path(store.folder, self.step))
+
+# %% ../nbs/66b_fsdp.ipynb #c5f1ad2d
+class Sharded(Parts):
+    "A learner on one of several ranks, each of which has a part of the parameters."
 
     def _restore(self, store: Any, which: Which, without: Iterable[str] = ()) -> Entry:
-        if self.team.size == 1 or self.team.rank:
+        if not self.team.together:
             return super()._restore(store, which, without)
-        store.whole = False  # every rank reads its own
+        passed: dict[Path, str] = {}
+        store.whole, store.passed = False, passed  # every rank reads its own
         try:
-            return super()._restore(store, which, without)
+            while True:
+                try:
+                    return super()._restore(store, which, without)
+                except PartsError as error:  # on all ranks alike: rank 0 passes over it, and all try the one before
+                    if which != "last":
+                        raise
+                    passed[error.path] = error.fault
         finally:
-            store.whole = True
+            store.whole, store.passed = True, {}
 
     def load_weights(self, source: Any, module: str = "", strict: bool = True) -> Any:
         "Refused where parameters are divided: give `pretrained=` to the learner."

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from .data import describe
 
 # %% auto #0
-__all__ = ['blocks_of', 'Divided', 'in_parts', 'made_whole', 'mapped', 'cut_like', 'cut_alike']
+__all__ = ['blocks_of', 'check_torch', 'Dividing', 'Divided', 'in_parts', 'where_it_lies', 'made_whole', 'mapped', 'cut_like',
+           'cut_alike']
 
 # %% ../nbs/66_sharded.ipynb #0e1c3be7
 def blocks_of(
@@ -62,8 +64,17 @@ def _tied(block: nn.Module, module: nn.Module) -> bool:
     return any(id(p) in mine for m in module.modules() if id(m) not in inside for p in m.parameters(recurse=False))
 
 # %% ../nbs/66_sharded.ipynb #1c9a4b41
-class Divided:
-    "A module of whose parameters each rank keeps a part; changed in place."
+def check_torch() -> None:
+    "RuntimeError that says which torch is needed, when this one is too old to divide modules."
+    from torch.distributed.fsdp import FSDPModule
+
+    if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+        raise RuntimeError("distributed='fsdp' needs torch 2.13 or newer, where gradients of parameters that only some ranks use "
+                           f"are summed up; this is torch {torch.__version__}, which 'ddp' goes with")  # fmt: skip
+
+# %% ../nbs/66_sharded.ipynb #5a24eea8
+class Dividing:
+    "Divides a module, and notes which of its parameters a backward reaches."
 
     def __init__(
         self,
@@ -73,6 +84,7 @@ class Divided:
         hold: bool = False,  # what is gathered stays until `close`
         policy: Any = None,  # torch's MixedPrecisionPolicy: the types to compute and to sum in
     ):
+        check_torch()
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         self.module, self.hold, self.used = module, hold, set[int]()  # ids of parameters that got a gradient
@@ -87,7 +99,7 @@ class Divided:
         self.top._get_fsdp_state()._lazy_init()  # now, so that a part that is called first doesn't take itself for the whole
         self.parts: list[Any] = [m for m in module.modules() if hasattr(m, "_get_fsdp_state") and hasattr(m, "reshard")]
         self._watch()
-        self.sync(not hold)
+        self.top.set_requires_gradient_sync(not hold)
 
     def _groups(self) -> Iterator[Any]:
         for part in self.parts:
@@ -106,6 +118,10 @@ class Divided:
 
     def _noting(self, key: int) -> Callable[[Tensor], None]:
         return lambda grad: self.used.add(key)
+
+# %% ../nbs/66_sharded.ipynb #a0e6ba26
+class Divided(Dividing):
+    "A module of whose parameters each rank keeps a part; changed in place."
 
     def sync(self, on: bool) -> None:
         "Shall the next backward sum its gradients over the ranks?"
@@ -141,6 +157,12 @@ def in_parts(x: Any) -> bool:
     return isinstance(x, Tensor) and hasattr(x, "full_tensor")
 
 
+def where_it_lies(x: Tensor) -> tuple:
+    "The same for two tensors that are one, also where this rank has nothing of it (and an address would be 0)."
+    part = cast(Any, x).to_local() if in_parts(x) else x
+    return part.untyped_storage()._cdata, part.storage_offset(), x.shape, x.stride(), x.dtype
+
+
 def made_whole(
     state: Any,  # a nest, of the same form on all ranks
     keep: bool = True,  # does this rank want it? All must help to make it
@@ -150,8 +172,7 @@ def made_whole(
 
     def walk(x: Any) -> Any:
         if in_parts(x):
-            key = (x.to_local().data_ptr(), x.shape, x.dtype) if x.to_local().numel() else id(x)
-            if key not in known:
+            if (key := where_it_lies(x)) not in known:
                 whole = cast(Any, x.detach()).full_tensor()
                 known[key] = x, whole.cpu() if keep else None  # x, too: so that no other takes its place in memory
             return known[key][1]
@@ -171,7 +192,7 @@ def mapped(x: Any, change: Callable[[Any], Any]) -> Any:
         return type(x)(change(item) for item in x)
     return x
 
-
+# %% ../nbs/66_sharded.ipynb #6c4af921
 def cut_like(
     whole: Any,  # a tensor that every rank has
     part: Any,  # one of its shape
@@ -189,4 +210,6 @@ def cut_alike(wholes: Any, parts: Any, cut: Callable[[Any, Any], Any] = cut_like
     if isinstance(wholes, Mapping) and isinstance(parts, Mapping):
         keyed = iter(wholes)
         return mapped(wholes, lambda x: cut_alike(x, parts.get(next(keyed)), cut))
+    if type(wholes) in (list, tuple) and type(parts) in (list, tuple) and len(wholes) == len(parts):
+        return type(wholes)(cut_alike(x, part, cut) for x, part in zip(wholes, parts))
     return cut(wholes, parts)

@@ -16,8 +16,9 @@ import re
 import threading
 import time
 import zipfile
+import zlib
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,10 +27,11 @@ import torch
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['PLAIN_TYPES', 'FORMAT', 'RECORD', 'KNOWN', 'HARMFUL', 'CheckpointError', 'check_plain', 'diff_state',
+__all__ = ['PLAIN_TYPES', 'FORMAT', 'RECORD', 'KNOWN', 'PARTS', 'HARMFUL', 'CheckpointError', 'check_plain', 'diff_state',
            'write_atomically', 'save_checked', 'clear_leftovers', 'Background', 'records_fault', 'fault_of',
-           'strange_names', 'names_in', 'items_of', 'tensors_in', 'unfolded', 'inflated', 'check_sizes', 'in_short',
-           'load_content', 'read_checkpoint', 'foreign_fault', 'old_names', 'load_foreign']
+           'strange_names', 'names_in', 'items_of', 'tensors_in', 'unfolded', 'inflated', 'check_sizes', 'sums_of',
+           'fault_in', 'parts_fault', 'in_short', 'load_content', 'read_checkpoint', 'foreign_fault', 'old_names',
+           'load_foreign']
 
 # %% ../nbs/22a_storage.ipynb #96daf78b
 class CheckpointError(RuntimeError):
@@ -378,6 +380,54 @@ def check_sizes(content: Any, path: Path) -> None:
     if unfolded(content) > max(1e6, path.stat().st_size):  # a thing that stands there takes more than a byte
         raise ValueError("its parts contain one another over and over")
 
+# %% ../nbs/22a_storage.ipynb #bd816e52
+PARTS = "parts"  # where a state says which files are beside it
+
+
+def sums_of(folder: Path, names: Iterable[str]) -> dict[str, list[int]]:
+    "Size and checksum of files."
+    found = {}
+    for name in names:
+        with open(folder / name, "rb") as file:
+            size = check = 0
+            while block := file.read(2**22):
+                size, check = size + len(block), zlib.crc32(block, check)
+        found[name] = [size, check]
+    return found
+
+
+def fault_in(
+    folder: Path,  # of parts
+    files: Mapping[str, Any],  # size and checksum of each, by name
+    sizes: bool = False,  # look at sizes only: somebody has read them a moment ago
+) -> str:
+    "What is wrong with the bytes of a folder's files; empty when they are as they were written."
+    for name, said in files.items():
+        try:
+            if "/" in name or not (folder / name).is_file():
+                return f"{name} isn't there" if "/" not in name else f"{name} is no name"
+            if (folder / name).stat().st_size != said[0] or not (sizes or sums_of(folder, [name])[name] == [*said]):
+                return f"{name} isn't what was written"
+        except OSError as error:
+            return f"{name}: {error}"
+    return ""
+
+
+def parts_fault(
+    path: Path,  # a checkpoint file
+    state: Any,  # that is in it
+    sizes: bool = False,  # as above
+) -> str:
+    "What is wrong with the parts of a checkpoint; empty when nothing is, or when it has none."
+    if not isinstance(state, dict) or PARTS not in state:
+        return ""
+    try:
+        folder = path.with_name(Path(state[PARTS]["folder"]).name)
+        fault = fault_in(folder, state[PARTS]["files"], sizes) if folder.is_dir() else "they are not beside it"
+    except Exception as error:  # what a file says of its parts may be anything
+        fault = f"what it says of them is no description ({type(error).__name__}: {error})"
+    return f"its parts, {path.stem}.parts: {fault}" if fault else ""
+
 # %% ../nbs/22a_storage.ipynb #d1b159ee
 def in_short(error: Exception) -> str:
     "What went wrong, without torch's advice to load the file as a program."
@@ -409,7 +459,7 @@ def read_checkpoint(
     if fault := fault_of(path):
         raise CheckpointError(f"cannot read {path}: {fault}")
     content = load_content(path)
-    if isinstance(content["state"], dict) and "parts" in content["state"]:
+    if isinstance(content["state"], dict) and PARTS in content["state"]:
         return pkgutil.resolve_name("trainkit.converter:with_parts")(path, content, whole)
     return content
 

@@ -108,7 +108,7 @@ def read_weights(source: Any, player: str = "") -> dict[str, Tensor]:
             raise CheckpointError(f"cannot read {path}: {'; '.join(problems)[:300]}")
         modules = {n: dict(m) for p in state["players"].values() for n, m in p["modules"].items() if isinstance(m, dict)}
         if player not in modules and len(modules) > 1:
-            raise ValueError(f"{path} has the modules {', '.join(modules)}; which of them? Say module=")
+            raise ValueError(f"{path} has the modules {', '.join(modules)}; which of them? Say module= (in a terminal --module)")
         return modules.get(player) or next(iter(modules.values()), {})
     return tensors_of(load_foreign(path), str(path))
 
