@@ -1,11 +1,11 @@
 """What each rank of a test of sharded parameters does: `torchrun sharded_ranks.py FOLDER NAME…`, as ranks.py does for ddp."""
-import faulthandler
 import os
 import shutil
 import signal
 import sys
 import threading
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parent))
 import ranks  # noqa: E402
-from ranks import VALID, Cancels, Half, HalfWay, Steering, loader, net  # noqa: E402
+from ranks import VALID, Cancels, HalfWay, loader, net  # noqa: E402
 
 from trainkit.attached import attach  # noqa: E402
 from trainkit.callback import CancelEpoch, CancelFit, CancelValidate, On  # noqa: E402
@@ -69,23 +69,6 @@ def accumulated(folder):
     return told(learn)
 
 
-def whole_numbers(folder):
-    torch.manual_seed(0)
-    x, y = torch.randint(-4, 5, (16, 3)).float(), torch.randint(-4, 5, (16, 1)).float()
-    model = nn.Linear(3, 1)
-    with torch.no_grad():
-        model.weight.copy_(torch.tensor([[1.0, -1.0, 2.0]])), model.bias.zero_()
-    learn = learner(model, DataLoader(TensorDataset(x, y), batch_size=8), OptimBuilder("sgd", lr=0.125))
-    learn.fit(1)
-    return told(learn)
-
-
-def unused(folder):
-    learn = learner(Half(), loader(), OptimBuilder("adamw", lr=0.01, weight_decay=0.1), distributed=HOLD)
-    learn.fit(2)
-    return told(learn)
-
-
 def under(how, scenario, *args, **kw):
     "What ranks.py does for ddp, with sharded parameters."
     was, ranks.DDP = ranks.DDP, how
@@ -99,14 +82,6 @@ def gan(folder, **kw):
     return under(kw.pop("distributed", FSDP), ranks.gan, folder, **kw)
 
 
-def gan_every(folder):
-    return gan(folder, n_critic=2)
-
-
-def gan_at_once(folder):
-    return gan(folder, updates="simultaneous")
-
-
 def gan_penalty(folder):
     return gan(folder, penalties=[HalfWay()], distributed=HOLD)
 
@@ -114,19 +89,6 @@ def gan_penalty(folder):
 def gan_norms(folder):
     "Each rank normalises with its own part of the batch, as under ddp."
     return {"fsdp": gan(folder, batch_norm=True), "ddp": gan(folder, batch_norm=True, distributed=ranks.DDP)}
-
-
-def early(folder):
-    return under(FSDP, ranks.early, folder)
-
-
-def bad_steps(folder):
-    "A step that is infinite on one rank is left out on all."
-    return under(FSDP, ranks.bad_steps, folder)
-
-
-def frozen_turns(folder):
-    return under(HOLD, ranks.frozen_turns, folder)
 
 
 def bounded(folder):
@@ -175,23 +137,6 @@ def wrapped(folder):
         learn.fit(3)
         found.append(told(learn))
     return found
-
-
-def averaged(folder):
-    learn = learner(cbs=EMA(0.9, warmup=False))
-    learn.fit(2)
-    ema = learn.cbs.get(EMA)
-    return told(learn, averages=ema.averages["model"], counts=ema.counts)
-
-
-def steered(folder):
-    learn = learner(run=folder / "steered", cbs=Steering())
-    rates = []
-    learn.add(On("after_turn", lambda learn: rates.append((learn.step, learn.player.opt.param_groups[0]["lr"]))))
-    learn.add(On("after_batch", lambda learn: learn.cbs.get(Steering) and learn.step == 8 and learn.remove(Steering)))
-    learn.fit(9)
-    asked = [(e.what, e.step, e.error) for e in learn.journal.entries if e.id and e.source == "panel"]
-    return told(learn, rates=rates, asked=asked)
 
 
 LOOKING = [(CancelValidate, "before_validate"), (CancelValidate, "before_validate_batch"),
@@ -456,21 +401,15 @@ def killed(folder):
         raise
 
 
-SCENARIOS = {f.__name__: f for f in (
-    plain, adamw, ddp, accumulated, whole_numbers, unused, gan_every, gan_at_once, gan_penalty, gan_norms, early, bad_steps,
-    frozen_turns, bounded, spectral, tied, wrapped, averaged, steered, cancels, cancels_others, interrupted, commanded, saved,
-    saved_apart, behind, falls_back, alone, resumed, resumed_apart, resumed_alone, mixed, refused, dies, killed)}  # fmt: skip
-
-
-def main():
-    faulthandler.dump_traceback_later(600, exit=True)  # nobody may be there any more who would end it
-    folder, *names = sys.argv[1:]
-    ranks.told = told
-    for name in names:
-        found = SCENARIOS[name](Path(folder))
-        if int(os.environ.get("RANK", 0)) == 0:
-            torch.save(found, Path(folder, f"{name}.pt"))
+THERE = {FSDP: ("whole_numbers", "gan_every", "gan_at_once", "early", "bad_steps", "averaged", "steered"),
+         HOLD: ("unused", "frozen_turns")}  # as ranks.py has them
+SCENARIOS = {name: partial(under, how, ranks.SCENARIOS[name]) for how, names in THERE.items() for name in names} | {
+    f.__name__: f for f in (
+        plain, adamw, ddp, accumulated, gan_penalty, gan_norms, bounded, spectral, tied, wrapped, cancels, cancels_others,
+        interrupted, commanded, saved, saved_apart, behind, falls_back, alone, resumed, resumed_apart, resumed_alone, mixed,
+        refused, dies, killed)}  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    ranks.told = told
+    ranks.main(SCENARIOS)

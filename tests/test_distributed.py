@@ -2,12 +2,14 @@
 
 What the ranks do stands in ranks.py; every launch does many things, as starting torch is what takes the time.
 """
+import functools
 import os
 import socket
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -45,9 +47,9 @@ def environment(**more):
     return {**os.environ, **own, **{key: str(value) for key, value in more.items()}}
 
 
-def launch(n, folder, *names, **more):
+def launch(n, folder, *names, script="ranks.py", **more):
     start = ["-m", "torch.distributed.run", "--nproc-per-node", str(n), "--master-port", str(free_port())] if n > 1 else []
-    return subprocess.Popen([sys.executable, *start, str(HERE / "ranks.py"), str(folder), *names], env=environment(**more),
+    return subprocess.Popen([sys.executable, *start, str(HERE / script), str(folder), *names], env=environment(**more),
                             cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
 
 
@@ -350,6 +352,24 @@ def test_layers_that_ranks_cannot_train_are_refused_by_name():
     learn.players[0].named_parameters().__next__()[1].grad = torch.zeros(3, 1).to_sparse()
     with pytest.raises(ValueError, match="the gradient of weight is sparse"):
         learn._travelling(learn.players[0])
+
+
+@pytest.mark.parametrize("loss", [nn.MSELoss(reduction="sum"), functools.partial(nn.functional.mse_loss, reduction="sum")])
+def test_losses_that_are_sums_are_refused_by_name(loss):
+    learn = Learner(ranks.net(), ranks.loader(), loss, "sgd", device="cpu", front="none", distributed="ddp")
+    with pytest.raises(ValueError, match="player 'model': (MSELoss|partial) sums over its samples.*reduction='mean'"):
+        learn._check_losses(learn.players[0])
+
+
+@pytest.mark.parametrize("loss, warned", [
+    (nn.CrossEntropyLoss(weight=torch.ones(3)), True), (nn.NLLLoss(ignore_index=0), True), (nn.CrossEntropyLoss(), False),
+    (functools.partial(nn.functional.kl_div, reduction="batchmean"), False)])  # fmt: skip
+def test_losses_that_divide_by_their_own_weights_are_told_of(loss, warned):
+    learn = Learner(nn.Linear(3, 3), ranks.loader(), loss, "sgd", device="cpu", front="none", distributed="ddp")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        learn._check_losses(learn.players[0])
+    assert ["divides by the weights of its own rank's targets" in str(w.message) for w in said] == [True] * warned
 
 
 def test_signals_are_put_back_on_every_rank(monkeypatch):

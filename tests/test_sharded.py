@@ -5,12 +5,14 @@ What the ranks do stands in sharded_ranks.py.
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import sharded_ranks
+import test_distributed
 import torch
 from ranks import net
-from test_distributed import EXACT, HERE, apart, assert_one, environment, finished, free_port
+from test_distributed import EXACT, HERE, apart, assert_one, environment, finished, found, free_port
 from torch import nn
 
 from trainkit.converter import PARTS, convert
@@ -26,10 +28,7 @@ TWO = [*SAME, *BOTH, "ddp", "wrapped", "gan_norms", "commanded", "whole_numbers"
 FOUR = ["plain", "adamw", "gan_penalty", "resumed", "resumed_apart"]
 
 
-def launch(n, folder, *names):
-    start = ["-m", "torch.distributed.run", "--nproc-per-node", str(n), "--master-port", str(free_port())] if n > 1 else []
-    return subprocess.Popen([sys.executable, *start, str(HERE / "sharded_ranks.py"), str(folder), *names], cwd=folder,
-                            env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+launch = partial(test_distributed.launch, script="sharded_ranks.py")
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +41,6 @@ def runs(tmp_path_factory):
         shutil.copytree(two / name, four / name)
     finished(launch(4, four, *FOUR))
     return {1: one, 2: two, 4: four}
-
-
-def found(runs, n, name):
-    return torch.load(runs[n] / f"{name}.pt", weights_only=False)
 
 
 @pytest.mark.parametrize("n, name", [*((2, name) for name in SAME), *((4, name) for name in FOUR if name in SAME)])
@@ -202,8 +197,7 @@ def test_resumed_by_four_ranks(runs, again):
 
 
 def test_resumed_from_one_process(runs):
-    assert apart(found(runs, 1, "alone")[0] if isinstance(found(runs, 1, "alone"), list) else found(runs, 1, "alone"),
-                 found(runs, 2, "resumed_alone")[0]) < EXACT  # fmt: skip
+    assert apart(found(runs, 1, "alone"), found(runs, 2, "resumed_alone")[0]) < EXACT
 
 
 @pytest.mark.parametrize("name", ["saved", "apart"])

@@ -11,7 +11,7 @@ import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,8 @@ from .storage import PARTS as PARTS  # people look for it here, too
 from .storage import CheckpointError, fault_in, read_checkpoint, save_checked, sums_of, write_atomically
 
 # %% auto #0
-__all__ = ['MARK', 'is_mark', 'taken_apart', 'put_back', 'marks_in', 'in_our_words', 'alone', 'written_by', 'store_parts',
-           'read_back', 'clear_parts', 'Plain', 'described', 'PartsError', 'looked_through', 'fill', 'place_for',
-           'with_parts', 'held', 'convert']
+__all__ = ['MARK', 'is_mark', 'taken_apart', 'in_our_words', 'alone', 'written_by', 'store_parts', 'read_back', 'clear_parts',
+           'Plain', 'described', 'PartsError', 'looked_through', 'fill', 'place_for', 'with_parts', 'held', 'convert']
 
 # %% ../nbs/66a_converter.ipynb #e96a93a5
 MARK = "trainkit.part"  # what stands for a tensor that lies in parts
@@ -39,14 +38,15 @@ def is_mark(x: Any) -> bool:
 
 
 def taken_apart(
-    state: Any,  # a nest with tensors of which each rank has a part
+    state: Any,  # a nest
+    wanted: Callable[[Any], bool] = in_parts,  # which of its tensors: by default those of which each rank has a part
 ) -> tuple[Any, dict[str, Tensor]]:
     "The nest with marks in place of those tensors, and the tensors by their names; what is there twice (tied) is one of them."
     found: dict[str, Tensor] = {}
     known: dict[tuple, str] = {}
 
     def walk(x: Any, path: str) -> Any:
-        if in_parts(x):
+        if wanted(x):
             if (name := known.setdefault(where_it_lies(x), path)) == path:
                 found[path] = x.detach()
             return {MARK: name, "shape": [*x.shape], "dtype": x.dtype}
@@ -56,20 +56,6 @@ def taken_apart(
         return type(x)(walk(item, f"{path}/{i}") for i, item in enumerate(x)) if type(x) in (list, tuple) else x
 
     return walk(state, ""), found
-
-
-def put_back(state: Any, tensors: Mapping[str, Tensor]) -> Any:
-    "The nest with tensors in place of marks."
-    return tensors[state[MARK]] if is_mark(state) else mapped(state, partial(put_back, tensors=tensors))
-
-
-def marks_in(state: Any) -> Iterator[Mapping[str, Any]]:
-    "Every mark of a nest."
-    if is_mark(state):
-        yield state
-    else:
-        for item in state.values() if isinstance(state, Mapping) else state if isinstance(state, (list, tuple)) else ():
-            yield from marks_in(item)
 
 # %% ../nbs/66a_converter.ipynb #105db870
 @contextlib.contextmanager
@@ -317,15 +303,9 @@ def _convert(path: Path, to: str, new: Path) -> None:
 
 def _apart(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     "The tensors of players, but for single numbers, in one process."
-    found: dict[str, Tensor] = {}
-    known: dict[tuple, str] = {}
 
-    def walk(x: Any, path: str) -> Any:
-        if isinstance(x, Tensor) and x.ndim and x.layout is torch.strided and not x.is_quantized:
-            if (name := known.setdefault(where_it_lies(x), path)) == path:
-                found[path] = x
-            return {MARK: name, "shape": [*x.shape], "dtype": x.dtype}
-        keys = iter(x) if isinstance(x, Mapping) else iter(range(10**9))
-        return mapped(x, lambda value: walk(value, f"{path}/{next(keys)}"))
+    def lies_alone(x: Any) -> bool:
+        return isinstance(x, Tensor) and x.ndim > 0 and x.layout is torch.strided and not x.is_quantized
 
-    return {**state, "players": walk(state["players"], "players")}, found
+    found, tensors = taken_apart({"players": state["players"]}, lies_alone)
+    return {**state, **found}, tensors

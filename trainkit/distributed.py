@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import pkgutil
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -333,10 +335,10 @@ class Numbers(Meeting):
 class Hearkening(Numbers):
     "Reads what has come."
 
-    def _read(self, numbers: Tensor, absent: Cancel | None = None) -> None:
-        "What the ranks say of the turn: its losses, over the joint batch; and what they cancel."
+    def _read(self, numbers: Tensor, absent: Cancel | None = None) -> float:
+        "What the ranks say of the turn: its losses, over the joint batch, and what they cancel; the samples that are in it."
         self._joined = True
-        kept, *cancels, telling, names = numbers[2:HEAD].tolist()
+        samples, _, kept, *cancels, telling, names = numbers[:HEAD].tolist()  # one transfer
         if self._counts(absent):
             if names != telling * self._names():
                 raise ValueError(f"{self._exchange}: the ranks tell different losses, this one {', '.join(self.losses) or 'none'}; "
@@ -348,6 +350,7 @@ class Hearkening(Numbers):
             kind = CANCELS[max(i for i, n in enumerate(cancels) if n)]
             self._cancel_together(kind, kept == self.team.size)
             raise absent if isinstance(absent, kind) else kind("another rank has cancelled it")
+        return samples
 
     def _cancel_together(self, kind: type[Cancel], kept: bool) -> None:
         "All ranks end the turn; where some of them were further than others, what the window has gathered is dropped."
@@ -740,9 +743,23 @@ class Refusing(Fitting):
             if self.team.size > 1 and self.cbs.get(name) is not None:
                 raise ValueError(f"{name} and several ranks: {why}, which differs from rank to rank; do that in one process")
         self._check_layers()
+        for player in self.players if self.team.size > 1 else ():
+            self._check_losses(player)
         if self.team.size > 1 and norms and self.cbs.get("SWA") is not None:
             raise ValueError("SWA recomputes the statistics of batch norm, which is not done over several ranks; take EMA, or "
                              "layers without running statistics")  # fmt: skip
+
+    def _check_losses(self, player: Player) -> None:
+        for fn in (term.fn for term in player.terms):
+            how = fn.keywords if isinstance(fn, functools.partial) else vars(fn) if isinstance(fn, nn.Module) else {}
+            what = f"player {player.name!r}: {type(fn).__name__}"
+            if how.get("reduction") == "sum":
+                raise ValueError(f"{what} sums over its samples, and several ranks take the mean of a joint batch, weighted by "
+                                 "samples: reduction='mean'")  # fmt: skip
+            if isinstance(fn, (nn.CrossEntropyLoss, nn.NLLLoss)) and (fn.weight is not None or fn.ignore_index != -100):
+                warnings.warn(f"{what} divides by the weights of its own rank's targets: where these differ from rank to rank, "
+                              "the loss is not quite that of one process; the mean of what reduction='none' gives would be",
+                              stacklevel=2)  # fmt: skip
 
     def _check_layers(self) -> None:
         for name, m in ((n, m) for p in self.players for top in p.modules.values() for n, m in top.named_modules()):

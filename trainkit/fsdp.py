@@ -171,19 +171,19 @@ class Gathered(Asking):
     _samples: float = 1.0  # in the joint batch
     _told: tuple[Any, dict[str, Tensor]] | None = None  # this turn's loss and its terms, over the joint batch
 
-    def _meet(self, numbers: Tensor, absent: Cancel | None = None, losses: bool = False) -> Tensor:
-        "Sum up a few numbers; what one rank cancels, all do, here."
+    def _meet(self, numbers: Tensor, absent: Cancel | None = None, losses: bool = False) -> float:
+        "Sum up a few numbers; what one rank cancels, all do, here. The samples that they are of."
         mine = self.loss, self.losses
         with self.ledger.on("other ranks"):
             self.team.sum([numbers], self._exchange)
         try:
-            self._read(numbers, absent)
+            samples = self._read(numbers, absent)
         except Cancel:
             self.loss, self.losses = (self.loss, self.losses) if losses else mine
             raise
         self._told = (self.loss, self.losses) if losses else self._told
         (self.loss, self.losses), self._joined = mine, False
-        return numbers
+        return samples
 
     def _few(self, weight: float, absent: Cancel | None = None) -> Tensor:
         return torch.cat([self._head(weight, absent), torch.zeros(SLOTS, device=self.device)])
@@ -191,7 +191,7 @@ class Gathered(Asking):
     def _turn(self, player: Player) -> None:
         if not self.team.together:
             return super()._turn(player)
-        self._told, self._samples = None, float(self._meet(self._few(0 if self._late else self._weight))[0])
+        self._told, self._samples = None, self._meet(self._few(0 if self._late else self._weight))
         with self._afar(f"the turn of player {player.name!r}"):
             for divided in self._divided.values() if self.how.hold else ():
                 divided.open()
