@@ -176,7 +176,8 @@ def modelled() -> list[Table]:
                                f"{alone / n / (work + wait):.0%}"))  # fmt: skip
     parts.notes.append("Without the block that is gathered at a time and without activations. The exchange hides behind forward "
                        "and backward as far as it goes, as torch's fully_shard is made for with several blocks on GPUs; the "
-                       "three small meetings of a turn are left out.")
+                       "four or five small sums of a turn are left out. Where turns gather gradients (accumulate), those wait "
+                       "whole: 4 bytes a parameter more on every device.")
     saves = Table("Computed: checkpoints", ("model", "devices", "file", "s held up", "s writing", "s to restore",
                                             "min between saves", "time lost"))  # fmt: skip
     for name, (parameters, _, _) in MODELS.items():
@@ -190,8 +191,7 @@ def modelled() -> list[Table]:
                     f"{c.shelf / 1e9:.0f} GB/s; a copy to the host {c.copy / 1e9:.0f} GB/s, and the writing goes on behind the "
                     f"training. What rank 0 has read is pickled at {c.pickled / 1e9:.0f} GB/s and handed out.",
                     f"A device fails once in {c.life / 3600:,.0f} hours; a restart takes two minutes and a restore. One file, "
-                    "from rank 0, is the usual way; shards are Distributed('fsdp', checkpoint='sharded'), whose writing today "
-                    "holds the training up (here it goes on behind it)."]  # fmt: skip
+                    "from rank 0, is the usual way; shards are Distributed('fsdp', checkpoint='sharded')."]  # fmt: skip
     return [steps, parts, saves]
 
 
