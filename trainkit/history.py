@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LAST_STEP', 'Value', 'ENCODE', 'UNREADABLE', 'Column', 'fetch', 'as_scalar', 'Columns', 'Mark', 'plain', 'mark_of',
-           'Snapshot', 'Record', 'Reader', 'to_rows', 'to_line', 'to_lines', 'become', 'step_of', 'apply_row', 'replay',
-           'Waiting', 'Journal', 'Stored', 'marks_to_state', 'marks_of_state', 'to_state', 'check_columns',
+           'Snapshot', 'Record', 'Reader', 'to_rows', 'finite', 'to_line', 'to_lines', 'become', 'step_of', 'apply_row',
+           'replay', 'Waiting', 'Journal', 'Stored', 'marks_to_state', 'marks_of_state', 'to_state', 'check_columns',
            'from_state', 'past_of', 'fork_of', 'catch_up', 'History']
 
 # %% ../nbs/01_history.ipynb #567cb02c
@@ -314,17 +314,22 @@ def to_rows(
 ENCODE = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
+def finite(
+    value: Any,  # a nest of plain types
+    instead: Callable[[float], Any] = str,  # of a number that JSON lacks
+) -> Any:
+    "The nest without NaN and infinities: texts that `float` reads are there in their place, or what else is said."
+    if isinstance(value, float): return value if math.isfinite(value) else instead(value)
+    if isinstance(value, Mapping): return {k: finite(v, instead) for k, v in value.items()}
+    return [finite(v, instead) for v in value] if isinstance(value, (list, tuple)) else value
+
+
 def to_line(
     row: Mapping[str, Any],  # plain types
 ) -> str:
     "One line of strict JSON; numbers that JSON lacks become strings that `float` reads."
     try: return ENCODE(row) + "\n"
-    except (TypeError, ValueError): pass  # the slow way, once for a thousand rows
-    def strict(o: Any) -> Any:
-        if isinstance(o, float): return o if math.isfinite(o) else str(o)
-        if isinstance(o, Mapping): return {k: strict(v) for k, v in o.items()}
-        return [strict(v) for v in o] if isinstance(o, (list, tuple)) else o
-    return ENCODE(strict(row)) + "\n"
+    except (TypeError, ValueError): return ENCODE(finite(row)) + "\n"  # the slow way, once for a thousand rows
 
 
 def to_lines(

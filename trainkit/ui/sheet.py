@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoint import Entry, ranked
+from ..history import finite
 from .progress import digits
 
 # %% ../../nbs/53a_ui_sheet.ipynb #5f7f88cc
@@ -222,11 +223,7 @@ rows.forEach(r => { const box = document.createElement("input"); box.type = "che
 # %% ../../nbs/53a_ui_sheet.ipynb #e1462378
 def plain_json(value: Any) -> str:
     "JSON that can stand inside of a script element; numbers that JSON lacks become null."
-    def strict(o: Any) -> Any:
-        if isinstance(o, float): return o if math.isfinite(o) else None
-        if isinstance(o, dict): return {k: strict(v) for k, v in o.items()}
-        return o
-    return json.dumps(strict(value), allow_nan=False).replace("<", "\\u003c")
+    return json.dumps(finite(value, lambda x: None), allow_nan=False).replace("<", "\\u003c")
 
 # %% ../../nbs/53a_ui_sheet.ipynb #6c00b282
 def whole_page(
