@@ -78,6 +78,8 @@ if __name__ == "__main__":
     print(COMMANDS.format(run=args.run, pid=os.getpid()), flush=True)
     if args.resume:
         gan.restore("last")
+        if gan.target.reached(gan.epoch, gan.step):
+            parser.exit(message="this run is finished\n")
         gan.fit()
     else:
         gan.fit(epochs=args.epochs)

@@ -42,6 +42,8 @@ if __name__ == "__main__":
     gan = make_gan(args.run)
     if args.resume:
         gan.restore("last")
+        if gan.target.reached(gan.epoch, gan.step):
+            parser.exit(message="this run is finished\n")
         gan.fit()
     else:
         gan.fit(epochs=args.epochs)

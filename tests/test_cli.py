@@ -102,6 +102,21 @@ def test_show_says_how_a_run_stands(project):
     assert "a branch of slow/3" in here("show", "warmer", cwd=project).stdout
 
 
+@pytest.mark.parametrize("words", [("show", "quick", "--html", "no.html", "--json"), ("runs", "--tree", "--json")])
+def test_two_answers_at_once_are_refused(project, words):
+    done = here(*words, cwd=project)
+    assert done.returncode == 2 and " or --json: " in done.stderr and not done.stdout and not (project / "no.html").exists()
+
+
+@pytest.mark.parametrize("words", [("show", "quick", "--html", "no.x"), ("compare", "quick", "slow", "--plot", "no.x")])
+def test_what_draws_says_what_it_lacks(project, words, monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]: monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    done = here(*words, cwd=project)
+    assert done.returncode == 2 and "pip install matplotlib" in done.stderr and not done.stdout
+    assert not (project / "no.x").exists()
+
+
 def test_compare_and_its_picture(project):
     done = call("compare", "slow", "quick", "--plot", "both.png", "--names", "valid/*", cwd=project)
     assert "model/lr    0.01" in done.stdout and "train/loss" not in done.stdout and done.returncode == 0, done.stderr
@@ -278,6 +293,17 @@ def test_weights_are_given_away(project):
     assert found.keys() == weights.keys() and all(torch.equal(found[name], weights[name]) for name in found)
 
 
+def test_of_several_modules_one_is_named(project):
+    from trainkit.player import Player
+    x = torch.ones(4, 2)
+    pair = [Player(name, nn.Linear(2, 1), step=lambda learn, batch: learn.player.modules[learn.player.name](x).mean())
+            for name in ("one", "two")]  # fmt: skip
+    Learner(pair, x, batch_size=2, front="none", run=project / "runs" / "pair").fit(1)
+    assert "one, two; which of them?" in (done := here("export", "pair", "--to", "safetensors", cwd=project)).stderr
+    assert done.returncode == 2 and "--module" in done.stderr and not (project / "pair.safetensors").exists()
+    assert here("export", "pair", "--to", "safetensors", "--module", "two", cwd=project).returncode == 0
+
+
 def by_onnx(file):
     import onnx
     from onnx.reference import ReferenceEvaluator
@@ -331,6 +357,27 @@ def test_a_module_that_draws_is_not_given_away(project):
     assert done.returncode and "gives other numbers" in done.stderr and not [*project.glob("*odd.ts*")]
 
 
+def test_what_cannot_be_written_is_said_by_its_own_error(project):
+    (project / "without.py").write_text("from torch import nn\nclass Net(nn.Linear): forward = nn.Module.forward\n"
+                                        "def net(): return Net(3, 1)\n")  # fmt: skip
+    done = here("export", "quick", "--to", "torchscript", "--out", "no.ts", "--model", "without.py:net", "--input", "4,3",
+                cwd=project)  # fmt: skip
+    assert done.returncode and "forward" in done.stderr and "not checked" not in done.stderr and not [*project.glob("*no.ts*")]
+
+
+def test_an_onnx_file_that_nothing_here_opens_is_written_with_a_warning(project, monkeypatch):
+    class Old:
+        def __init__(self, path, providers):
+            raise RuntimeError("opset 99 is too new")
+
+    (project / "nets.py").write_text("from torch import nn\ndef net(): return nn.Linear(3, 1)\n")
+    monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace(InferenceSession=Old))
+    with pytest.warns(UserWarning, match="new.onnx is not checked, nothing here runs it: onnxruntime: opset 99 is too new"):
+        done = here("export", "quick", "--to", "onnx", "--out", "new.onnx", "--model", "nets.py:net", "--input", "4,3",
+                    cwd=project)  # fmt: skip
+    assert done.returncode == 0 and (project / "new.onnx").exists()
+
+
 def test_an_onnx_file_is_run_before_it_is_given_away(project, monkeypatch):
     from onnx.reference import ReferenceEvaluator
     (project / "nets.py").write_text("from torch import nn\ndef net(): return nn.Linear(3, 1)\n")
@@ -363,6 +410,10 @@ def test_a_new_project_trains_and_its_test_passes(tmp_path):
     tested = subprocess.run([sys.executable, "-m", "pytest", "-q"], cwd=folder, capture_output=True, text=True,
                             env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
     assert tested.returncode == 0 and "1 passed" in tested.stdout, tested.stdout + tested.stderr
+    over = call("run", "train.py", "--resume", cwd=folder)
+    assert over.returncode == 0 and over.stderr.endswith("\nthis run is finished; --epochs N makes N more of them\n"), over.stderr
+    assert "Traceback" not in over.stderr
+    assert 'pip install "CLONE[notebook,cli]"' in (folder / "README.md").read_text()
     more = call("run", "train.py", "--resume", "--epochs", "2", cwd=folder)
     assert more.returncode == 0 and "epoch 8, finished" in more.stdout, more.stderr
     again = here("new", "two-spirals", cwd=tmp_path)

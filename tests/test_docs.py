@@ -73,9 +73,13 @@ def test_five_lines():
 
 
 def test_ten_lines():
-    "README's first two programs are as short as it says, and end with a fit; what they rest on is imported in them."
+    "README's first two programs are as short as it says, and end with a fit; what they rest on is said in them."
     for heading in ("## Ten lines to a GAN", "## Ten lines to a classifier"):
         code = BLOCK.search(README.read_text(encoding="utf-8").split(heading + "\n")[1])[1]
+        named = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)]
+        given = {node.id for node in named if isinstance(node.ctx, ast.Store)} | {*re.findall(r"import (.+)", code)}
+        known = {name for names in given for name in re.split(r",\s*", names)}
+        assert {node.id for node in named} <= known, "used, and from nowhere"
         assert len([line for line in code.splitlines() if line.strip()]) <= 10
         assert any(line.startswith(("gan.fit(", "learn.fit(")) for line in code.splitlines())
 
@@ -104,10 +108,42 @@ def test_the_loop_is_drawn_as_it_is():
     assert {f"trainkit.callback.{kind.__name__}" for kind in public} == {*re.findall(r"`~(\S+)`", page)}
 
 
+def test_what_a_learner_is_said_to_have_it_has():
+    "Prose is not run, so names in it are looked for: `learn.this`, `gan.that()`."
+    from torch import nn, zeros
+
+    from trainkit.gan.learner import GANLearner
+    gan = GANLearner(nn.Linear(2, 3), nn.Linear(3, 1), zeros(8, 3), latent=2, front="none")
+    assert hasattr(gan, "sample") and not hasattr(gan, "knobs")
+    for page in [README, *(page for page in PAGES if page.stem != "from-fastai")]:  # whose learner has names of its own
+        text = re.sub(r"trainkit\.\S+|\S+/\S+", "", page.read_text(encoding="utf-8"))
+        said = {*re.findall(r"\b(?:learn|gan)\.([a-z_]+)", THEIRS.sub("", text))}
+        assert not [name for name in said if not hasattr(gan, name)], page.name
+
+
+def test_nothing_says_to_install_what_somebody_else_has_called_so():
+    "Another package has the name on the index: this one is installed from a clone."
+    files = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "pyproject.toml")]
+    for folder in ("docs", "nbs", "trainkit", "examples", "tools", "benchmarks"):
+        files += [path for path in sorted((ROOT / folder).rglob("*")) if path.suffix in {".md", ".ipynb", ".py", ".txt"}]
+    said = re.compile(r"""pip3? install\s+(?:-\S+\s+)*[\\"'`]*trainkit\b""")
+    assert said.search('pip install -U "trainkit[notebook]"') and said.search("pip install trainkit") and len(files) > 200
+    assert [path.name for path in files if said.search(path.read_text(encoding="utf-8"))] == []
+
+
 # --- links --------------------------------------------------------------------------------------------------------------
 
 def test_every_link_leads_somewhere():
-    assert docs.dead_links(docs.repository_pages()) == []
+    assert docs.dead_links(docs.linking()) == []
+    here = [target for text in docs.texts(Path("README.md")) for _, target, _ in docs.LINK.findall(text)]
+    assert len(here) > 50 and "nbs/26_loop.ipynb" in here
+
+
+def test_what_a_notebook_is_about_is_told_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(docs, "ROOT", tmp_path)
+    first = {"cell_type": "markdown", "source": "# Title\n\n> About this,\n> and that\n\n> no more"}
+    (tmp_path / "a.ipynb").write_text(json.dumps({"cells": [first]}))
+    assert docs.title_of(Path("a.ipynb")) == ("Title", "About this, and that")
 
 
 def test_every_module_has_a_floor():
@@ -119,7 +155,7 @@ def test_every_module_has_a_floor():
 def test_a_dead_link_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(docs, "ROOT", tmp_path)
     (tmp_path / "a.md").write_text("[one](b.md), [two](https://example.org), [three](#here), `[no](link)`, [four](a.md)")
-    assert docs.dead_links({Path("a.md"): Path("a.md")}) == ["a.md: the link b.md leads nowhere: there is no b.md"]
+    assert docs.dead_links([Path("a.md")]) == ["a.md: the link b.md leads nowhere: there is no b.md"]
 
 
 def test_relink():

@@ -1,6 +1,6 @@
 """What four training systems got wrong, each as a test that their behaviour would fail.
 
-The letters are those of the project's survey: A audiozen, B BasicTS, T torchgan, S super-resolution.
+The letter in a test's name says whose it was: A audiozen, B BasicTS, T torchgan, S super-resolution.
 """
 
 import math

@@ -152,6 +152,73 @@ def test_what_does_not_name_what_it_lacks_is_found(code, said):
     assert wrong.returncode == 1 and said in wrong.stderr
 
 
+# --- what needs a system that isn't there ---------------------------------------------------------------------------------
+
+def test_recordings_say_what_they_need(tmp_path):
+    "Where there is no apt-get, in a few lines: what is missing, what to do, and what works without."
+    command = ["/bin/bash", str(ROOT / "tools/recordings.sh"), str(tmp_path / "into"), "some-sounds", "more-sounds"]
+    done = subprocess.run(command, env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 1 and not done.stdout and len(done.stderr.splitlines()) == 5
+    for word in ("no apt-get", "Debian", f"touch {tmp_path}/into/.recordings", "some-sounds more-sounds", "make demo"):
+        assert word in done.stderr
+    assert subprocess.run(command[:3], capture_output=True).returncode == 2
+
+
+# --- the Pythons it is tried with -------------------------------------------------------------------------------------
+
+CUDA = ["jinja2", 'nvidia-cudnn-cu13==9.20; platform_system != "Nowhere" and python_version > "3.2"']
+
+
+@pytest.fixture
+def pythons(tmp_path, monkeypatch):
+    "A PATH with a Python of this version, a stand-in that only complains, and one that can't make environments."
+    own = f"3.{sys.version_info.minor}"
+    scripts = {own: f'exec "{sys.executable}" "$@"', "3.98": "echo 'python3.98: command not found' >&2; exit 127",
+               "3.99": f'exec "{sys.executable}" -S -c "import no_such_venv"'}  # fmt: skip
+    for version, script in scripts.items():
+        (tmp_path / f"python{version}").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / f"python{version}").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("PYENV_ROOT", str(tmp_path / "pyenv"))
+    return own
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="its stand-ins are shell scripts")
+def test_an_interpreter_is_one_that_works(pythons, tmp_path):
+    assert wheel.interpreter_of(pythons) == str(tmp_path / f"python{pythons}")
+    assert [wheel.interpreter_of(v) for v in ("3.97", "3.98", "3.99")] == [None] * 3
+    (tmp_path / f"python{pythons}").rename(tmp_path / "away")
+    (tmp_path / f"pyenv/versions/{pythons}.4/bin").mkdir(parents=True)
+    (tmp_path / "away").rename(there := tmp_path / f"pyenv/versions/{pythons}.4/bin/python")
+    assert wheel.interpreter_of(pythons) == str(there)
+
+
+@pytest.mark.parametrize("requirements, brings", [
+    ([], False), (["jinja2", "nvidia-ml-py; extra == 'x'"], False), (CUDA, True), (["cuda-bindings<14"], True),
+    (["nvidia-nccl-cu13; python_version < '3.2'"], False), (["cuda-bindings; platform_system == 'Nowhere'"], False)])  # fmt: skip
+def test_what_brings_cuda(requirements, brings):
+    assert wheel.brings_cuda(requirements, "3.13") == brings
+
+
+def test_other_pythons_are_tried_where_that_costs_little(monkeypatch, tmp_path, capsys):
+    "The oldest and the newest, but for this one; what isn't tried is said in a line."
+    versions = [f"3.{minor}" for minor in (1, sys.version_info.minor, 97, 98)]
+    text = "".join(f'    "Programming Language :: Python :: {v}",\n' for v in ["3", *versions[::-1]])
+    (tmp_path / "pyproject.toml").write_text(f"[project]\nclassifiers = [\n{text}]\n")
+    assert wheel.supported(tmp_path) == versions
+    monkeypatch.setattr(wheel, "interpreter_of", lambda version: f"/bin/python{version}")
+    monkeypatch.setattr(wheel, "torch_for", lambda version: CUDA if version == "3.98" else [])
+    assert wheel.others(tmp_path) == ["/bin/python3.1"]
+    assert capsys.readouterr().out == "  Python 3.98 is not tried: its torch comes with CUDA, some gigabytes: " \
+                                      "make wheel WHEEL=--cuda\n"  # fmt: skip
+    assert wheel.others(tmp_path, cuda=True) == ["/bin/python3.1", "/bin/python3.98"]
+    monkeypatch.setattr(wheel, "interpreter_of", lambda version: None)
+    assert wheel.others(tmp_path, cuda=True) == [] and capsys.readouterr().out.count("is not tried: it isn't found") == 2
+    monkeypatch.undo()
+    (tmp_path / "pyproject.toml").write_text(f'[project]\nclassifiers = ["Programming Language :: Python :: {versions[1]}"]\n')
+    assert wheel.others(tmp_path) == [] and capsys.readouterr().out == ""
+
+
 # --- names ------------------------------------------------------------------------------------------------------------
 
 def test_what_the_package_offers():
@@ -168,5 +235,6 @@ def test_a_module_offers_what_it_defines(name):
     for each in offered:
         thing = getattr(module, each)
         assert not each.startswith("_") and not isinstance(thing, types.ModuleType), each
-        if inspect.isclass(thing) or inspect.isfunction(thing):
+        alias = isinstance(thing, types.GenericAlias)  # which Python 3.10 takes for a class
+        if not alias and inspect.isclass(thing) or inspect.isfunction(thing):
             assert thing.__module__ == name, f"{each} comes from {thing.__module__}"

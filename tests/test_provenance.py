@@ -66,7 +66,8 @@ def test_the_first_fit_writes_it_and_says_what_the_code_says(tmp_path):
     assert "AutoSave" in said["callbacks"] and "After" not in said["callbacks"]
     assert session["data"]["training data"] == "24 samples in 3 batches of 8" and session["step"] == 0
     assert session["data"]["valid data"] == "24 samples in 3 batches of 8"
-    assert session["versions"]["torch"] == torch.__version__ and "pytest" in session["versions"]
+    assert torch.__version__.startswith(session["versions"]["torch"])  # which may say more: +cu130
+    assert "pytest" in session["versions"]
     assert session["machine"]["device"] == "cpu" and session["losses"]["model's loss"].startswith("torch.nn.functional.mse_loss")
     assert runs(tmp_path)["run"].identity == {k: v for k, v in session.items() if isinstance(v, dict)}
 

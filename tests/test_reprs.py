@@ -47,6 +47,7 @@ PARTS = {
     "snapshot": (lambda learn: learn.history.snapshot(), r"Snapshot\(\d+ values, series .*train/loss.*marks\)"),
     "mark": (lambda learn: learn.history.marks[0], r"epoch"),
     "journal": (lambda learn: learn.journal, r"fit epochs=2"),
+    "controls": (lambda learn: learn.controls(), r"player +name .*model +lr +\S+ +>= 0 +its schedule.*beta1 +0\.9 +>= 0, < 1"),
     "checkpoints": (lambda learn: learn.checkpoints, r"2 checkpoints in .*best"),
     "entry": (lambda learn: learn.checkpoints.list()[0], r"checkpoint '3': step 3"),
     "loaders": (lambda learn: learn.loaders, r"Loaders\(train=DataLoader of length 3, valid={.*'far': DataLoader of length 5"),
@@ -87,6 +88,7 @@ def test_what_is_rich_is_a_table_of_the_same(learn):
     for part, words in (("itself", ["Learner: step 6", "Player(&#x27;model&#x27;", "<td", "valid/mae"]),
                         ("history", ["valid/mae", f"{learn.history.last('valid/mae'):.4g}"]),
                         ("settings", ["batch_size", ">8<", ">argument<"]), ("runs", [">one<"]), ("comparison", ["valid/mae"]),
+                        ("controls", ["<th", ">beta1<", "&gt;= 0, &lt; 1"]),
                         ("checkpoints", ["best"]), ("report", ["restored"])):  # fmt: skip
         text = PARTS[part][0](learn)._repr_html_()
         assert all(word in text for word in words) and text.count("<tr>") == text.count("</tr>"), text

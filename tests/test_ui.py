@@ -133,10 +133,21 @@ def test_a_loss_of_a_player_that_seldom_has_its_turn_is_a_mean_as_well():
     assert math.isnan(progress.recent("train/loss", steps, np.append(values[:-1], math.nan)))  # not hidden
 
 
-@given(hnp.arrays(np.float64, st.integers(0, 200), elements=st.floats()), st.booleans())
+def test_a_rate_that_is_typed_in_stays_in_view():
+    "A held rate is one value beside hundreds of a schedule's, and the one that matters."
+    history = History()
+    for step in range(1, 200): history.add("lr/generator", 1e-3 * math.cos(step / 130), step)
+    for step, rate in ((1, 1e-3), (120, 0.05)): history.add("lr/discriminator", rate, step)
+    plot = Plot()
+    plot.update(history)
+    low, high = next(ax.get_ylim() for ax in plot.figure.axes if "learning rate" in ax.get_title(loc="left") + ax.get_title())
+    assert low < 1e-4 and high > 0.05
+
+
+@given(hnp.arrays(np.float64, st.integers(0, 200), elements=st.floats()), st.booleans(), st.booleans())
 @settings(max_examples=100, deadline=None)
-def test_view_limits_are_always_drawable(values, log):
-    low, high = view_limits(values, log)
+def test_view_limits_are_always_drawable(values, log, whole):
+    low, high = view_limits(values, log, whole)
     assert math.isfinite(low) and math.isfinite(high) and low < high and (low > 0 or not log)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import itertools
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import tokenize
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from io import StringIO
@@ -77,8 +78,13 @@ def follow(target: str, at: Path) -> Path | None:
     return place
 
 
-def dead_links(pages: dict[Path, Path]) -> list[str]:
-    "What is wrong with the links of all pages, one line each."
+def linking() -> list[Path]:
+    "What has links: the pages, and README.md."
+    return [*repository_pages(), Path("README.md")]
+
+
+def dead_links(pages: Iterable[Path]) -> list[str]:
+    "What is wrong with the links of pages of the repository, one line each."
     wrong: list[str] = []
     for at in pages:
         for text in texts(at):
@@ -339,10 +345,11 @@ def reference_pages(modules: list[Path]) -> dict[str, str]:
 # --- the pages that are made --------------------------------------------------------------------------------------------
 
 def title_of(at: Path) -> tuple[str, str]:
-    "A notebook's title and the one line below it."
+    "A notebook's title and the sentence below it, which may go on over several lines."
     lines = texts(at)[0].splitlines()
-    about = next((line.removeprefix(">").strip() for line in lines if line.startswith(">")), "")
-    return lines[0].lstrip("# "), about
+    below = itertools.dropwhile(lambda line: not line.startswith(">"), lines)
+    about = itertools.takewhile(lambda line: line.startswith(">"), below)
+    return lines[0].lstrip("# "), " ".join(line.removeprefix(">").strip() for line in about)
 
 
 def floor_of(at: Path) -> str:
@@ -403,7 +410,7 @@ def made_pages(pages: dict[Path, Path]) -> dict[str, str]:
 def lay_out(into: Path) -> None:
     "Everything that Sphinx reads, in `into`; ValueError names the links that lead nowhere."
     pages = repository_pages()
-    if wrong := dead_links(pages):
+    if wrong := dead_links(linking()):
         raise ValueError("\n".join(wrong))
     shutil.rmtree(into, ignore_errors=True)
     shutil.copytree(DOCS, into)
@@ -484,7 +491,7 @@ def main() -> int:
     try:
         if asked.what == "build":
             return build(asked.out.resolve())
-        wrong = dead_links(repository_pages())
+        wrong = dead_links(linking())
     except ValueError as error:
         wrong = [str(error)]
     print("\n".join(wrong) or "every link leads somewhere")

@@ -1,12 +1,16 @@
 """Build the package, and use it where nothing else is.
 
-    python tools/wheel.py                                             with the Python that runs this
-    python tools/wheel.py --python python3.10 --python python3.13     with others
+    python tools/wheel.py                                             with the Python that runs this, and others (see below)
+    python tools/wheel.py --python python3.10 --python python3.13     with these
+    python tools/wheel.py --cuda                                      with others, also where that takes gigabytes
     python tools/wheel.py --extras                                    the optional parts, too: downloads more
 
 Builds an sdist from a copy of the tree and a wheel from the sdist, and looks at what is in them. Then, for each Python: an
 empty environment in a temporary folder gets the wheel and what it asks for (as constraints.txt says), imports every module,
 runs examples/quickstart.py, and has the wheel taken out again.
+
+Others are the oldest and the newest Python that the package supports, where they are found (in the PATH, or pyenv's), and
+torch for them is one without CUDA: with it, each of them is a download of some gigabytes, for which one has to ask.
 """
 from __future__ import annotations
 
@@ -179,6 +183,60 @@ def version_of(root: Path) -> str:
     return next(node.value.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "__version__")
 
 
+# --- the Pythons to use it with
+
+def supported(root: Path) -> list[str]:
+    "The versions that the package says it supports, the oldest first."
+    said = [c.rpartition(" :: ")[2] for c in load_toml(root / "pyproject.toml")["project"].get("classifiers", ())]
+    return sorted((v for v in said if re.fullmatch(r"3\.\d+", v)), key=lambda v: int(v[2:]))
+
+
+def interpreter_of(version: str) -> str | None:
+    "One of that version that can make environments, if there is one; what has its name may be a stand-in that only complains."
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
+    code = f"import ensurepip, sys, venv; sys.exit(sys.version_info[:2] != {(3, int(version[2:]))})"
+    candidates = map(shutil.which, [f"python{version}", *map(str, sorted(pyenv.glob(f"{version}.*/bin/python")))])
+    return next((c for c in candidates if c and subprocess.run([c, "-c", code], capture_output=True).returncode == 0), None)
+
+
+def torch_for(version: str) -> list[str]:
+    "What torch asks for there, by pip's word; Wrong where it can't be had."
+    with tempfile.TemporaryDirectory(prefix="trainkit-wheel-") as folder:
+        asked = ["--dry-run", "--no-deps", "--target", folder, "--python-version", version, "--only-binary", ":all:"]
+        done = subprocess.run([sys.executable, "-m", "pip", "install", "-qq", *asked, "--report", f"{folder}/report.json",
+                               "-c", str(ROOT / "constraints.txt"), "torch"], capture_output=True, text=True)  # fmt: skip
+        if done.returncode:
+            raise Wrong(done.stderr[-300:])
+        torch, = json.loads(Path(folder, "report.json").read_text(encoding="utf-8"))["install"]
+    return torch["metadata"].get("requires_dist", [])
+
+
+def brings_cuda(requirements: Iterable[str], version: str) -> bool:
+    "Does a package with these requirements bring CUDA's libraries to this machine?"
+    from packaging.requirements import Requirement
+
+    wanted = [Requirement(r) for r in requirements if re.match("nvidia-|cuda-", r)]
+    return any(r.marker is None or r.marker.evaluate({"python_version": version, "extra": ""}) for r in wanted)
+
+
+def others(root: Path, cuda: bool = False) -> list[str]:
+    "Interpreters to try beside this one, with CUDA or without it only. What isn't tried is said, and why."
+    found, versions = [], supported(root)
+    for version in dict.fromkeys((versions[0], versions[-1])):
+        if version == f"3.{sys.version_info.minor}":
+            continue
+        interpreter = interpreter_of(version)
+        try:
+            if interpreter is None:
+                raise Wrong("it isn't found")
+            if not cuda and brings_cuda(torch_for(version), version):
+                raise Wrong("its torch comes with CUDA, some gigabytes: make wheel WHEEL=--cuda")
+            found.append(interpreter)
+        except Wrong as wrong:
+            headline(f"Python {version} is not tried: {wrong}")
+    return found
+
+
 # --- using it
 
 class Environment:
@@ -304,6 +362,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", action="append", metavar="PYTHON", help="an interpreter; may be said more than once")
     parser.add_argument("--extras", action="store_true", help=f"{', '.join(EXTRAS)}, too")
+    parser.add_argument("--cuda", action="store_true", help="other Pythons also where their torch comes with CUDA")
     given = parser.parse_args()
     since = time.monotonic()
     try:
@@ -312,7 +371,7 @@ def main() -> int:
             if problems := sdist_problems(sdist, ROOT) + wheel_problems(wheel, ROOT):
                 raise Wrong("\n".join(problems))
             headline(f"{sdist.name} and {wheel.name}, {wheel.stat().st_size / 1e6:.1f} MB", since)
-            for interpreter in given.python or [sys.executable]:
+            for interpreter in given.python or [sys.executable, *others(ROOT, given.cuda)]:
                 check_with(interpreter, wheel, EXTRAS if given.extras else ())
     except Wrong as wrong:
         print(wrong, file=sys.stderr)

@@ -239,7 +239,9 @@ class Watched(Hands):
 
     def controls(self) -> list[Control]:
         "Every number of the run that can be moved, as it stood at the last status."
-        return [as_control(row) for row in self.status().get("controls", [])]
+        from trainkit.controls import Controls
+
+        return Controls(as_control(row) for row in self.status().get("controls", []))
 
     @property
     def history(self) -> FollowedHistory:

@@ -62,6 +62,7 @@ def list_runs(
     as_json: bool = False,  # an object a line
 ) -> int:
     "List the runs in FOLDER. How far each got, its best score, its size."
+    if tree and as_json: raise ValueError("--tree or --json: in JSON each run has its parent")
     found = runs(folder)
     if as_json: print("\n".join(in_json(row_of(run)) for run in found))
     else: print(found.tree() if tree else found)
@@ -85,6 +86,7 @@ def show_run(
     html: str | None = None,  # a file for a page
 ) -> int:
     "Say how RUN stands. How good it got, what it was made with, and what it saved."
+    if html and as_json: raise ValueError("--html or --json: a page goes to a file, and JSON to the screen")
     path = find_run(run)
     if html:
         print(importlib.import_module("trainkit.ui.page").page(path).save(html))
@@ -112,13 +114,13 @@ def compare_runs(
     "Lay RUNs side by side. What is different about them, and what came of it."
     library = importlib.import_module("trainkit.compare")
     found = library.compare(*which, names=names or None)
+    if plot: importlib.import_module("trainkit.ui.compare").plot_runs(*found.runs, names=names or None).savefig(plot, dpi=150)
     if as_json:
         facts = [("run", "name", found.names), *found.differences, *found.facts]
         rows = [{"section": s, "name": n, "values": values} for s, n, values in facts]
         rows += [{"section": "series", "name": n, "values": [o and vars(o) for o in told]} for n, told in found.outcomes]
         print("\n".join(map(in_json, rows)))
     else: print(found)
-    if plot: importlib.import_module("trainkit.ui.compare").plot_runs(*found.runs, names=names or None).savefig(plot, dpi=150)
     return DONE
 
 # %% ../nbs/90_cli.ipynb #a4af0d78

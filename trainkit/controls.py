@@ -5,6 +5,7 @@
 # %% ../nbs/21b_controls.ipynb #6a67559b
 from __future__ import annotations
 
+import html
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,8 @@ from .knobs import CadenceKnob, ScheduledKnob, all_knobs, knob, knobs, place, sc
 from .schedule import Knob, OptionKnob
 
 # %% auto #0
-__all__ = ['Control', 'shown_range', 'given_value', 'controls', 'value_of', 'hand_on', 'lay', 'check_turn', 'put', 'turn']
+__all__ = ['Control', 'shown_range', 'given_value', 'moved_by', 'accepted', 'Controls', 'controls', 'value_of', 'hand_on', 'lay',
+           'check_turn', 'put', 'turn']
 
 # %% ../nbs/21b_controls.ipynb #bcd19850
 @dataclass(frozen=True)
@@ -65,9 +67,40 @@ def given_value(
     return knob.read()[0]
 
 # %% ../nbs/21b_controls.ipynb #37a26b14
+def moved_by(control: Control) -> str:
+    "Who moves it: somebody's hand, a schedule, or nobody."
+    if control.held: return "held" if "value" in control.held else f"held at {control.held['times']:g} times its schedule"
+    return "its schedule" if control.scheduled else ""
+
+
+def accepted(control: Control) -> str:
+    "Which values it may have."
+    bounds = [f">= {control.low:g}"] * math.isfinite(control.low) + [f"< {control.high:g}"] * math.isfinite(control.high)
+    return ", ".join(bounds)
+
+
+class Controls(list[Control]):
+    "Every number that can be moved now, as a table where it is shown."
+
+    def rows(self) -> list[tuple[str, str, str, str, str]]:
+        "Player, name, value, what is accepted, and who moves it."
+        values = [", ".join(f"{v:.4g}" for v in dict.fromkeys(c.values)) for c in self]
+        return [(c.player, c.name, value, accepted(c), moved_by(c)) for c, value in zip(self, values)]
+
+    def __repr__(self) -> str:
+        rows = [("player", "name", "value", "accepted", "moved by"), *self.rows()]
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
+
+    def _repr_html_(self) -> str:
+        rows = [("th", ("player", "name", "value", "accepted", "moved by")), *(("td", row) for row in self.rows())]
+        cells = [[f'<{tag} style="text-align:left">{html.escape(text)}</{tag}>' for text in row] for tag, row in rows]
+        return "<table>" + "".join(f"<tr>{''.join(row)}</tr>" for row in cells) + "</table>"
+
+# %% ../nbs/21b_controls.ipynb #f4db7b8c
 def controls(
     learn: Any,
-) -> list[Control]:
+) -> Controls:
     "Every number of a learner that can be moved now, players first."
     moved = {place(schedule.knob): schedule for _, schedule in schedules_of(learn)}
     found, names = [], set(knobs(learn))
@@ -80,7 +113,7 @@ def controls(
             found.append(Control(name, player, tuple(bare.read()), tuple(bare.labels), bare.low, bare.high, shown, log,
                                  getattr(bare, "whole", False), schedule is not None, held))  # fmt: skip
     order = {player.name: i for i, player in enumerate(learn.players)}
-    return sorted(found, key=lambda c: order.get(c.player, len(order)))
+    return Controls(sorted(found, key=lambda c: order.get(c.player, len(order))))
 
 # %% ../nbs/21b_controls.ipynb #11a9ddff
 def value_of(

@@ -117,6 +117,7 @@ def installed(
     package: str,
 ) -> str | None:
     "The version that a package was installed with; None for what is no package's name."
+    if not package: return None  # Python 3.10 would take any
     try: found = importlib.metadata.distribution(package)
     except (importlib.metadata.PackageNotFoundError, ValueError): return None
     line = re.search(r"^Version:[ \t]*(\S+)", found.read_text("METADATA") or found.read_text("PKG-INFO") or "", re.M)

@@ -113,6 +113,8 @@ if __name__ == "__main__":
     learn = make_learner(args.run)
     if args.resume:
         learn.restore("last")
+        if args.epochs is None and learn.target.reached(learn.epoch, learn.step):
+            parser.exit(message="this run is finished; --epochs N makes N more of them\\n")
         learn.fit(epochs=args.epochs, schedule="stretch")
     else:
         learn.fit(epochs=args.epochs or 20)
@@ -156,6 +158,13 @@ pythonpath = ["."]
 
 README = '''\
 # {name}
+
+Made by `trainkit new`; it needs trainkit, from a clone of its repository:
+
+    pip install "CLONE[notebook,cli]"        # CLONE: the folder of the clone
+    pip install jupyterlab nbdev pytest      # for the last three lines below
+
+Then, in this folder:
 
     python train.py                          # trains, and leaves everything in runs/first
     trainkit show first                      # what came of it

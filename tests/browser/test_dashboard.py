@@ -82,7 +82,10 @@ def test_live_then_still(lab, page):
 
     live.get_by_role("button", name="Pause", exact=True).click()
     expect(state).to_have_text("paused")
+    curves = live.locator("img.trainkit-curves")
+    expect(curves).to_have_css("filter", "none")
     theme(page, "JupyterLab Dark")
+    expect(curves).to_have_css("filter", re.compile("invert"))  # lines on dark, as the theme wants it
     notebook.screenshot("dashboard-2-paused-dark")
     outputs = saved(notebook, path, lambda outputs: outputs[1])
     assert {"application/vnd.jupyter.widget-view+json", "image/png"} <= outputs[1][0]["data"].keys()

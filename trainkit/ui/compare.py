@@ -21,6 +21,7 @@ from ..history import Snapshot
 from ..runs import Run, start_of, trunk_of
 from .paint import pale, short
 from .plots import COLOURS, decimate, is_noisy, trend, view_limits
+from .view import check_matplotlib
 
 # %% ../../nbs/59_ui_compare.ipynb #4f04c104
 def in_epochs(
@@ -159,6 +160,7 @@ def plot_runs(
     height: float = 2.6,  # inches, of a row of panels
 ) -> Any:
     "Curves of runs over each other as a matplotlib `Figure`; ValueError when there is nothing to draw."
+    check_matplotlib("a picture of curves")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     if by not in ("step", "epoch"): raise ValueError(f"plot_runs(by=…) takes 'step' or 'epoch'; received {by!r}")

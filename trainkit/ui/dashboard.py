@@ -38,6 +38,7 @@ LIVE_STYLES = """<style>
 .trainkit .state.finished { background: #2E7D32; border: 0; } .trainkit .state.failed { background: #C62828; border: 0; }
 .trainkit-pictures { gap: 8px; overflow: hidden; }
 .trainkit-live .widget-image { height: auto; margin: 0; border-radius: 4px; }
+[data-jp-theme-light="false"] .trainkit-pictures img.trainkit-curves { filter: invert(.93) hue-rotate(180deg); }
 @media (max-width: 640px) { .trainkit.head div { white-space: normal; min-height: 3.4em; } .trainkit.head { min-height: 11em; }
   .trainkit.head .line { min-height: 1.7em; } .trainkit progress { width: 160px; }
   .trainkit-live .trainkit-pictures { overflow-x: auto; } .trainkit-live img.trainkit-curves { min-width: 480px !important; } }

@@ -11,8 +11,10 @@ import contextvars
 import html
 import math
 import threading
+import warnings
 from base64 import b64encode
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -214,10 +216,18 @@ class Sketch:
         if (painter := self._painter) is not None:
             try:
                 if painter.ready: return painter.paint(drawing)
-            except Exception: self.stay()  # here it works, or says why not
+            except Exception as error: self._do_without(painter, error)
         self._painting = self._painting or Painting()
         self._painting.paint(drawing)
         return self._painting.pixels()
+
+    def _do_without(self, painter: Painter, error: Exception) -> None:
+        "Paint here from now on, where it works or says why not; say so, unless the display was ended, or everything ends."
+        ended = self._painter is not painter or not threading.main_thread().is_alive()
+        self.stay()
+        if ended: return
+        with suppress(Warning):  # not even where warnings are errors
+            warnings.warn(f"curves are painted by the process that trains, which costs it time: {error}", stacklevel=2)
 
     def leave(self) -> None:
         "Paint in another process from now on, as long as that works."

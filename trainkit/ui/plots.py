@@ -315,13 +315,14 @@ def rings(curves: Sequence[Curve], lines: Sequence[Line], forks: Sequence[int]) 
 def view_limits(
     values: np.ndarray,  # everything drawn
     log: bool = False,  # on a logarithmic axis
+    whole: bool = False,  # outliers, too
 ) -> tuple[float, float]:
     "Where the axis begins and ends: all values, unless a few outliers would flatten the rest."
     values = np.clip(values[np.isfinite(values)], -1e300, 1e300)
     if log: values = np.log10(np.clip(values[values > 0], 1e-250, 1e250))
     if not len(values): return (0.1, 1.0) if log else (0.0, 1.0)
     low, high, inner_low, inner_high = np.quantile(values, [0, 1, 0.02, 0.98])
-    if len(values) > 50 and high - low > 3 * (inner_high - inner_low) > 0:
+    if not whole and len(values) > 50 and high - low > 3 * (inner_high - inner_low) > 0:
         reach = inner_high - inner_low
         low, high = max(low, inner_low - reach / 2), min(high, inner_high + reach / 2)
     pad = 0.06 * (high - low) or (0.06 if log else 0.06 * abs(high)) or 0.06
@@ -342,7 +343,8 @@ class Contents:
         self.left.look(self.curves, ways, scalars, positive)
         texts = [f"{label} {digits(recent(name, *series))}" for (name, label), series in zip(self.labels.items(), mine)]
         seen = np.concatenate([*(y for line in lines for y in (line.raw[1], line.whole[1])), self.left.lines[1]])
-        return Face(lines, texts, (first, end + max(1, 0.02 * (end - first))), view_limits(seen, positive), positive,
+        limits = view_limits(seen, positive, whole=all(c.name.startswith("lr/") for c in self.curves))  # no rate is an outlier
+        return Face(lines, texts, (first, end + max(1, 0.02 * (end - first))), limits, positive,
                     self.left.lines, rings(self.curves, lines, ways.forks))
 
 # %% ../../nbs/51_ui_plots.ipynb #8370b5da
