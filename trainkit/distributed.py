@@ -341,9 +341,9 @@ class Hearkening(Numbers):
         samples, _, kept, *cancels, telling, names = numbers[:HEAD].tolist()  # one transfer
         if self._counts(absent):
             if names != telling * self._names():
-                raise ValueError(f"{self._exchange}: the ranks tell different losses, this one {', '.join(self.losses) or 'none'}; "
-                                 "over several ranks a term is told in the same turns on all of them (0 where it is not "
-                                 "wanted)")  # fmt: skip
+                mine = ", ".join(self.losses) or "none"
+                raise ValueError(f"{self._exchange}: the ranks tell different losses, this one {mine}; over several ranks a term "
+                                 "is told in the same turns on all of them (0 where it is not wanted)")  # fmt: skip
             self.loss = numbers[HEAD] / numbers[1]
             self.losses = {name: numbers[HEAD + 1 + i] / numbers[1] for i, name in enumerate(self.losses)}
         if any(cancels):
