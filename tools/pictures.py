@@ -14,19 +14,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import io
 import re
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import numpy as np
 from PIL import Image
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from tests.browser.conftest import CHROMIUM, FLAGS, serving  # noqa: E402
-from tests.browser.labpage import LabPage  # noqa: E402
+from tests.browser.labpage import LabPage, opened  # noqa: E402
 from tests.browser.test_dashboard import theme  # noqa: E402
 from tests.browser.test_live import Shown  # noqa: E402
 
@@ -159,17 +156,8 @@ def behind(lab: Any, notebook: LabPage, page: Any, where: Path) -> None:
 
 def main(where: Path) -> None:
     "All pictures."
-    with tempfile.TemporaryDirectory() as home, serving(Path(home)) as lab, sync_playwright() as playwright:
-        nb = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "python3"}})
-        nb.cells = [nbformat.v4.new_code_cell(source) for source in CELLS]
-        nbformat.write(nb, lab.folder / "digits.ipynb")
-        nb.cells = [nbformat.v4.new_code_cell(ATTACHED)]
-        nbformat.write(nb, lab.folder / "elsewhere.ipynb")
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_context(viewport=SIZE, device_scale_factor=1).new_page()
-        page.set_default_timeout(300_000)
-        notebook = LabPage(page, lab.address("digits.ipynb"))
-        page.keyboard.press("Control+b")  # the list of files needs room
+    with opened({"digits.ipynb": CELLS, "elsewhere.ipynb": [ATTACHED]}, SIZE) as (lab, notebook):
+        page, browser = notebook.page, notebook.page.context.browser
         notebook.run(0, wait=120)
         steer(notebook, page, where)
         behind(lab, notebook, page, where)
@@ -184,7 +172,6 @@ def main(where: Path) -> None:
         again = LabPage(page, lab.address("digits.ipynb"))
         page.wait_for_timeout(2000)
         take(where, "live_reopened", again.output(2))
-        browser.close()
 
 
 if __name__ == "__main__":

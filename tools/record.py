@@ -16,19 +16,17 @@ import argparse
 import io
 import shutil
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import nbformat
 from PIL import Image, ImageChops
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from tests.browser.conftest import CHROMIUM, FLAGS, serving  # noqa: E402
-from tests.browser.labpage import LabPage  # noqa: E402
+from tests.browser.labpage import opened  # noqa: E402
 from tests.browser.test_live import Shown  # noqa: E402
 
 QUICKSTART = ROOT / "nbs/tutorials/01_quickstart.ipynb"
@@ -138,15 +136,8 @@ def record(folder: Path, pace: float) -> None:
     "All pictures, into a folder."
     cells = [cell.source for cell in nbformat.read(QUICKSTART, 4).cells if cell.cell_type == "code"]
     assert "def make_gan" in cells[1], "the quickstart's second cell makes the GAN"
-    with tempfile.TemporaryDirectory() as home, serving(Path(home)) as lab, sync_playwright() as playwright:
-        nb = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "python3"}})
-        nb.cells = [nbformat.v4.new_code_cell(source) for source in ("\n".join(cells[:2]), FIT)]
-        nbformat.write(nb, lab.folder / "quickstart.ipynb")
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_context(viewport=SIZE, device_scale_factor=1).new_page()
-        page.set_default_timeout(300_000)
-        notebook = LabPage(page, lab.address("quickstart.ipynb"))
-        page.keyboard.press("Control+b")  # the list of files needs room
+    with opened({"quickstart.ipynb": ["\n".join(cells[:2]), FIT]}, SIZE) as (_, notebook):
+        page = notebook.page
         notebook.run(0, wait=300)
         notebook.cells.nth(0).locator(".jp-InputPrompt").click()
         page.keyboard.press("d")  # what it made stays, and the cell that trains moves up, where nothing scrolls
@@ -162,7 +153,6 @@ def record(folder: Path, pace: float) -> None:
         play(Film(page, area, folder), shown, pace)
         shown.button("Stop").click()
         expect(shown.area).to_contain_text("stopped at step", timeout=30_000)
-        browser.close()
 
 
 def chosen(paths: list[Path], seconds: float) -> list[Path]:

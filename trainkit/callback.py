@@ -73,7 +73,7 @@ class CancelTurn(Cancel):
 
 
 class CancelStep(Cancel):
-    "The player makes no optimizer step in this turn, and its gradients are dropped. To be raised up to `before_step`."
+    "The player makes no optimizer step in this turn, and its gradients are dropped. For `after_loss` to `before_step`."
 
 
 class CancelPause(Cancel):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
-import math
 import os
 import re
 import signal
@@ -20,6 +19,7 @@ from typing import Any
 from .attached import Attached, find_run
 from .control import ABSENT, DONE, summary
 from .control import main as control
+from .history import finite
 from .runs import Run, read_run, runs
 from .settings import SET, load_settings
 
@@ -41,11 +41,7 @@ def clicks() -> Any:
 # %% ../nbs/90_cli.ipynb #1537b0ac
 def in_json(value: Any) -> str:
     "A value as one line of JSON, with null for numbers that are none."
-    def known(o: Any) -> Any:
-        if isinstance(o, float): return o if math.isfinite(o) else None
-        if isinstance(o, Mapping): return {key: known(v) for key, v in o.items()}
-        return [known(v) for v in o] if isinstance(o, (list, tuple)) else o
-    return json.dumps(known(value), allow_nan=False)
+    return json.dumps(finite(value, lambda x: None), allow_nan=False)
 
 # %% ../nbs/90_cli.ipynb #b2b775ef
 def row_of(

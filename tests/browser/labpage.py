@@ -2,9 +2,14 @@
 
 import os
 import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from playwright.sync_api import Page, expect
+import nbformat
+from playwright.sync_api import Page, expect, sync_playwright
 
 
 class LabPage:
@@ -79,3 +84,22 @@ class LabPage:
         if folder:
             Path(folder).mkdir(parents=True, exist_ok=True)
             self.page.screenshot(path=Path(folder) / f"{name}.png")
+
+
+@contextmanager
+def opened(books: Mapping[str, Sequence[str]], size: Any) -> Iterator[tuple[Any, LabPage]]:
+    "A JupyterLab of its own with some notebooks, each given by its cells, and the page of the first."
+    from tests.browser.conftest import CHROMIUM, FLAGS, serving  # pytest imports it, too, by another name
+
+    with tempfile.TemporaryDirectory() as home, serving(Path(home)) as lab, sync_playwright() as playwright:
+        for name, cells in books.items():
+            nb = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "python3"}})
+            nb.cells = [nbformat.v4.new_code_cell(source) for source in cells]
+            nbformat.write(nb, lab.folder / name)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_context(viewport=size, device_scale_factor=1).new_page()
+        page.set_default_timeout(300_000)
+        notebook = LabPage(page, lab.address(next(iter(books))))
+        page.keyboard.press("Control+b")  # the list of files needs room
+        yield lab, notebook
+        browser.close()
