@@ -2,7 +2,7 @@
 # make lab    the same, live, in JupyterLab
 # make test   everything CI checks (Debian or Ubuntu)
 # make docs   the site, from the notebooks as they are stored: build/docs/site/index.html
-# make wheel  build the package, and use it in an empty environment: WHEEL="--python python3.13 --extras" for more
+# make wheel  build the package, and use it in an empty environment: WHEEL=--cuda with other Pythons, too; see tools/wheel.py
 # make bench  measure trainkit beside loops by hand and other toolkits; tables in benchmarks/results/ (minutes)
 # make export trainkit/ and README.md from the notebooks
 # make clean  remove what the others made, the environment included

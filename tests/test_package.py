@@ -5,6 +5,7 @@ That the wheel works where nothing else is installed takes a minute and a half: 
 import importlib.util
 import inspect
 import io
+import os
 import pkgutil
 import subprocess
 import sys
@@ -238,3 +239,22 @@ def test_a_module_offers_what_it_defines(name):
         alias = isinstance(thing, types.GenericAlias)  # which Python 3.10 takes for a class
         if not alias and inspect.isclass(thing) or inspect.isfunction(thing):
             assert thing.__module__ == name, f"{each} comes from {thing.__module__}"
+
+
+def test_what_takes_too_long_is_given_up(tmp_path):
+    env = object.__new__(wheel.Environment)  # without making one
+    env.work, env.variables = tmp_path, dict(os.environ)
+    with pytest.raises(wheel.Wrong, match="time.sleep.30.: not done after 0.2 s"):
+        env.run(sys.executable, "-c", "import time; time.sleep(30)", seconds=0.2)
+    assert env.run(sys.executable, "-c", "print('there')", seconds=60) == "there\n"
+
+
+def test_a_python_whose_torch_does_not_come_is_told_of(tmp_path, monkeypatch, capsys):
+    def install(env, *what, seconds=None):
+        raise wheel.Wrong(f"no {what[0]} within {seconds} s")
+
+    monkeypatch.setattr(wheel.Environment, "install", install)
+    wheel.check_with(sys.executable, tmp_path / "x.whl", (), patience=3)
+    assert "is not tried, as torch can't be had: no torch within 3 s" in capsys.readouterr().out
+    with pytest.raises(wheel.Wrong, match="no .*x.whl"):
+        wheel.check_with(sys.executable, tmp_path / "x.whl", ())

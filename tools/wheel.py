@@ -10,7 +10,8 @@ empty environment in a temporary folder gets the wheel and what it asks for (as 
 runs examples/quickstart.py, and has the wheel taken out again.
 
 Others are the oldest and the newest Python that the package supports, where they are found (in the PATH, or pyenv's), and
-torch for them is one without CUDA: with it, each of them is a download of some gigabytes, for which one has to ask.
+torch for them is one without CUDA: with it, each of them is a download of some gigabytes, for which one has to ask. Where
+torch doesn't come within some minutes, that is said, and the others go on.
 """
 from __future__ import annotations
 
@@ -185,6 +186,8 @@ def version_of(root: Path) -> str:
 
 # --- the Pythons to use it with
 
+PATIENCE = 240.0  # seconds that another Python's torch may take to come
+
 def supported(root: Path) -> list[str]:
     "The versions that the package says it supports, the oldest first."
     said = [c.rpartition(" :: ")[2] for c in load_toml(root / "pyproject.toml")["project"].get("classifiers", ())]
@@ -256,10 +259,13 @@ class Environment:
         self.run(interpreter, "-m", "venv", str(folder / "venv"))
         self.site = Path(self.python("import sysconfig; print(sysconfig.get_path('purelib'))").strip())
 
-    def run(self, *command: str) -> str:
-        "What a command said; Wrong where it failed."
-        done = subprocess.run(command, cwd=self.work, env=self.variables, text=True, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT)  # fmt: skip
+    def run(self, *command: str, seconds: float | None = None) -> str:
+        "What a command said; Wrong where it failed, or took longer."
+        try:
+            done = subprocess.run(command, cwd=self.work, env=self.variables, text=True, stdout=subprocess.PIPE,
+                                  stderr=subprocess.STDOUT, timeout=seconds)  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise Wrong(f"{' '.join(command)[:200]}: not done after {seconds:g} s") from None
         if done.returncode:
             raise Wrong(f"{' '.join(command)[:200]}: exit status {done.returncode}\n{done.stdout[-3000:]}")
         return done.stdout
@@ -267,27 +273,29 @@ class Environment:
     def python(self, code: str, *arguments: str) -> str:
         return self.run(str(self.bin / "python"), "-c", code, *arguments)
 
-    def install(self, *what: str) -> None:
-        self.run(str(self.bin / "python"), "-m", "pip", "install", "-qq", "-c", str(ROOT / "constraints.txt"), *what)
+    def install(self, *what: str, seconds: float | None = None) -> None:
+        command = [str(self.bin / "python"), "-m", "pip", "install", "-qq", "-c", str(ROOT / "constraints.txt"), *what]
+        self.run(*command, seconds=seconds)
 
     def packages(self) -> set[str]:
         "What is installed, by the names that requirements use."
         code = "from importlib.metadata import distributions; print(*(d.metadata['Name'] for d in distributions()))"
-        return {normal(name) for name in self.python(code).split()}
+        from packaging.utils import canonicalize_name
+
+        return {canonicalize_name(name) for name in self.python(code).split()}
 
     def files(self) -> set[Path]:
         "What of ours lies in it."
         return {p for folder in (self.site, self.bin) for p in folder.iterdir() if "trainkit" in p.name.lower()}
 
 
-def normal(requirement: str) -> str:
-    "A requirement's name as indexes compare it."
-    return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0]).lower()
-
-
 def optional(root: Path) -> set[str]:
     "The names of all that only an extra asks for."
-    return {normal(r) for extra in load_toml(root / "pyproject.toml")["project"]["optional-dependencies"].values() for r in extra}
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    extras = load_toml(root / "pyproject.toml")["project"]["optional-dependencies"].values()
+    return {canonicalize_name(Requirement(r).name) for extra in extras for r in extra}
 
 
 def check_bare(env: Environment, wheel: Path) -> None:
@@ -345,11 +353,16 @@ def check_gone(env: Environment) -> None:
     headline("uninstalled: nothing left")
 
 
-def check_with(interpreter: str, wheel: Path, extras: Iterable[str]) -> None:
-    "All of it with one Python."
+def check_with(interpreter: str, wheel: Path, extras: Iterable[str], patience: float | None = None) -> None:
+    "All of it with one Python; `patience`: seconds that torch may take to come. If it doesn't, that is said, and no fault."
     with tempfile.TemporaryDirectory(prefix="trainkit-wheel-") as folder:
         env = Environment(interpreter, Path(folder))
         print("Python " + env.python("import sys; print(sys.version.split()[0])").strip(), flush=True)
+        try:
+            env.install("torch", seconds=patience) if patience else None
+        except Wrong as wrong:
+            headline(f"is not tried, as torch can't be had: {str(wrong)[-300:]}")
+            return
         check_bare(env, wheel)
         check_quickstart(env)
         check_command(env, wheel)
@@ -371,8 +384,11 @@ def main() -> int:
             if problems := sdist_problems(sdist, ROOT) + wheel_problems(wheel, ROOT):
                 raise Wrong("\n".join(problems))
             headline(f"{sdist.name} and {wheel.name}, {wheel.stat().st_size / 1e6:.1f} MB", since)
-            for interpreter in given.python or [sys.executable, *others(ROOT, given.cuda)]:
-                check_with(interpreter, wheel, EXTRAS if given.extras else ())
+            extras = EXTRAS if given.extras else ()
+            for interpreter in given.python or [sys.executable]:
+                check_with(interpreter, wheel, extras)
+            for interpreter in [] if given.python else others(ROOT, given.cuda):
+                check_with(interpreter, wheel, extras, PATIENCE)
     except Wrong as wrong:
         print(wrong, file=sys.stderr)
         return 1
