@@ -4733,6 +4733,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'trainkit.ui.paint.short': ('ui_paint.html#short', 'trainkit/ui/paint.py'),
                                    'trainkit.ui.paint.spawner': ('ui_paint.html#spawner', 'trainkit/ui/paint.py'),
                                    'trainkit.ui.paint.styles': ('ui_paint.html#styles', 'trainkit/ui/paint.py'),
+                                   'trainkit.ui.paint.tight': ('ui_paint.html#tight', 'trainkit/ui/paint.py'),
                                    'trainkit.ui.paint.within': ('ui_paint.html#within', 'trainkit/ui/paint.py')},
             'trainkit.ui.panel': { 'trainkit.ui.panel.Drawing': ('ui_panel.html#drawing', 'trainkit/ui/panel.py'),
                                    'trainkit.ui.panel.Drawing.redraw': ('ui_panel.html#drawing.redraw', 'trainkit/ui/panel.py'),
