@@ -275,8 +275,9 @@ def behind(folder):
 
 def falls_back(folder):
     "The newest checkpoints have lost something: all ranks take the one before; a certain one is refused by all."
-    shutil.copytree(folder / "apart", folder / "back") if int(os.environ["RANK"]) == 0 else None
-    learn, found = kept(folder, "back", model=net(seed=9), distributed=APART), []
+    name = "connection closed by igloo"  # a folder may be called anything
+    shutil.copytree(folder / "apart", folder / name) if int(os.environ["RANK"]) == 0 else None
+    learn, found = kept(folder, name, model=net(seed=9), distributed=APART), []
     for harm in (lambda f: None, lambda f: (f / "__1_0.distcp").write_bytes(b"x"), lambda f: shutil.rmtree(f)):
         if learn.rank == 0:
             harm(learn.checkpoints.list()[-max(1, len(found))].path.with_suffix(".parts"))
@@ -401,13 +402,35 @@ def killed(folder):
         raise
 
 
+def fails_behind(folder):
+    "Rank 1 fails while both write behind the training."
+    import torch.distributed.checkpoint as dcp
+
+    write = dcp.FileSystemWriter.write_data
+
+    def act(learn):
+        if learn.step == 6:
+            dcp.FileSystemWriter.write_data = lambda *a, **kw: ranks.time.sleep(learn.rank) or write(*a, **kw)
+            learn.save("in flight", background=True)
+        if learn.step == 7 and learn.rank == 1:
+            raise ValueError("the disk is on fire")
+
+    learn = learner(run=folder / "fails_behind", distributed=APART, save_every="none", cbs=On("before_batch", act))
+    try:
+        learn.fit(steps=100)
+    except Exception as error:
+        Path(folder, f"fails_behind.{learn.rank}.txt").write_text(f"{type(error).__name__}: {error}")
+    ranks.time.sleep(2 * learn.rank)
+    raise SystemExit(1)
+
+
 THERE = {FSDP: ("whole_numbers", "gan_every", "gan_at_once", "early", "bad_steps", "averaged", "steered"),
          HOLD: ("unused", "frozen_turns")}  # as ranks.py has them
 SCENARIOS = {name: partial(under, how, ranks.SCENARIOS[name]) for how, names in THERE.items() for name in names} | {
     f.__name__: f for f in (
         plain, adamw, ddp, accumulated, gan_penalty, gan_norms, bounded, spectral, tied, wrapped, cancels, cancels_others,
         interrupted, commanded, saved, saved_apart, behind, falls_back, alone, resumed, resumed_apart, resumed_alone, mixed,
-        refused, dies, killed)}  # fmt: skip
+        refused, dies, killed, fails_behind)}  # fmt: skip
 
 
 if __name__ == "__main__":

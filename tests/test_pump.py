@@ -24,6 +24,11 @@ from trainkit.pump import Pump, _offers
 seen, ran, threads, done = [], [], [], []
 answers = {{}}
 
+def said(text):
+    "Printed in one piece: `print` writes its line's end by itself, and a message may go out before it."
+    sys.stdout.write(text + chr(10))
+    sys.stdout.flush()
+
 def clicked(message):
     data = message["content"]["data"]
     threads.append(threading.current_thread().name)
@@ -174,7 +179,7 @@ def test_queued_cells_run_afterwards_once_and_in_order(kernel):
 
 def test_a_click_between_two_cells_reaches_the_next_pump(kernel):
     "Though the kernel takes it from the socket before that cell begins."
-    first = kernel.start("polling(); print('closed', flush=True); time.sleep(1.5)")
+    first = kernel.start("polling(); said('closed'); time.sleep(1.5)")
     second = kernel.execute("polling(lambda: len(seen) == 3)")
     third = kernel.execute("ran.append(3)")
     kernel.click("stop")
@@ -217,7 +222,7 @@ def test_comms_opened_and_closed_meanwhile(kernel):
 
 
 def test_statuses_and_outputs_belong_to_the_click_and_then_to_the_cell(kernel):
-    kernel.run("answers['hello'] = lambda: print('from the click', flush=True)")
+    kernel.run("answers['hello'] = lambda: said('from the click')")
     cell = kernel.start("polling(lambda: threads); print('from the cell')")
     click = kernel.click("hello")
     assert kernel.text(cell) == "from the cell\n"
@@ -230,7 +235,7 @@ def test_statuses_and_outputs_belong_to_the_click_and_then_to_the_cell(kernel):
 def patient(kernel):
     "Answers that would wait for ever."
     kernel.run("pace, Pump.ANSWER = Pump.ANSWER, 1000")
-    kernel.run("answers['hello'] = lambda: print('hello', flush=True)")
+    kernel.run("answers['hello'] = lambda: said('hello')")
     yield kernel
     kernel.run("Pump.ANSWER = pace")
 
@@ -265,7 +270,7 @@ def test_a_fit_within_a_fit_answers_for_both(patient):
         outer = Pump.here()
         while 'x' not in seen: outer.poll()
         polling()
-        print('the inner one is closed', flush=True)
+        said('the inner one is closed')
         polling(lambda: 'y' in seen)
         outer.close()""")
     patient.output(patient.click("at once"))
@@ -419,7 +424,7 @@ def test_an_interrupt_goes_to_who_listens(kernel):
 def test_a_handler_that_hangs_can_be_ended(kernel):
     kernel.run("""
         def hang():
-            print('hanging', flush=True)
+            said('hanging')
             time.sleep(20)
         answers['hang'] = hang""")
     cell = kernel.start("try: polling()\nexcept KeyboardInterrupt: print('interrupted')")
@@ -436,7 +441,7 @@ def test_a_fit_within_a_fit(kernel):
     cell = kernel.start("""
         outer = Pump.here()
         while not outer._held: outer.poll()
-        print('inner', flush=True)
+        said('inner')
         polling()
         outer.close()""")
     first = kernel.execute("ran.append(1)")

@@ -2,10 +2,12 @@
 
 What the ranks do stands in sharded_ranks.py.
 """
+import pickle
 import shutil
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import sharded_ranks
@@ -15,7 +17,7 @@ from ranks import net
 from test_distributed import EXACT, HERE, apart, assert_one, environment, finished, found, free_port
 from torch import nn
 
-from trainkit.converter import PARTS, convert
+from trainkit.converter import PARTS, PartsError, convert
 from trainkit.distributed import Distributed
 from trainkit.sharded import Divided
 from trainkit.storage import read_checkpoint
@@ -230,12 +232,21 @@ def test_every_rank_writes_its_part_and_one_form_becomes_the_other(runs, tmp_pat
         convert(path, "parquet")
 
 
+def test_a_fault_of_parts_goes_from_rank_to_rank():
+    error = pickle.loads(pickle.dumps(PartsError(Path("ckpt-1.parts"), "torn")))
+    assert str(error) == "cannot read ckpt-1.parts: torn" and error.path == Path("ckpt-1.pt") and error.fault.endswith("torn")
+
+
 def test_a_rank_that_dies_ends_the_others_and_leaves_the_checkpoint_before(tmp_path):
     command, every = [sys.executable, str(HERE / "sharded_ranks.py"), str(tmp_path)], []
-    for name in "killed", "dies":  # without a launcher, which would end the other rank by force
+    for name in "killed", "dies", "fails_behind":  # without a launcher, which would end the other rank by force
         among = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": free_port(), "MASTER_ADDR": "127.0.0.1"}
         every += [subprocess.Popen([*command, name], env=environment(RANK=rank, LOCAL_RANK=rank, **among)) for rank in range(2)]
     assert all([process.wait(200) for process in every])
+    told = [(tmp_path / f"fails_behind.{rank}.txt").read_text() for rank in range(2)]
+    assert "rank 1 failed: ValueError: the disk is on fire" in told[0] and told[1].startswith("ValueError: the disk is on fire")
+    learn = sharded_ranks.learner(net(seed=9), run=tmp_path / "fails_behind", distributed=None, save_every="none")
+    assert learn.restore("in flight").step == 6
     for name in "killed", "dies":
         assert "a rank was lost without a word" in (tmp_path / f"{name}.0.txt").read_text()
         folder = tmp_path / name / "checkpoints"

@@ -22,7 +22,7 @@ from torch import Tensor
 from .checkpoint import Locked
 from .sharded import in_parts, mapped, where_it_lies
 from .storage import PARTS as PARTS  # people look for it here, too
-from .storage import CheckpointError, fault_in, read_checkpoint, save_checked, sums_of, write_atomically
+from .storage import CheckpointError, _sync_folder, fault_in, read_checkpoint, save_checked, sums_of, write_atomically
 
 # %% auto #0
 __all__ = ['MARK', 'is_mark', 'taken_apart', 'in_our_words', 'alone', 'written_by', 'store_parts', 'read_back', 'clear_parts',
@@ -67,7 +67,10 @@ def in_our_words(what: str, path: Path) -> Iterator[None]:
         yield
     except CheckpointException as error:
         rank, (failure, _) = next(iter(error.failures.items()))
-        if "onnection" in str(failure) or isinstance(failure, torch.distributed.DistError):
+        if isinstance(failure, KeyboardInterrupt):
+            raise failure from None
+        lost = isinstance(failure, RuntimeError) and "onnection" in str(failure)  # an OSError may speak of any path
+        if lost or isinstance(failure, torch.distributed.DistError):
             raise RuntimeError(f"Connection closed: {failure}") from error
         raise CheckpointError(f"could not {what} {path}: rank {rank}: {type(failure).__name__}: {failure}") from error
 
@@ -98,10 +101,15 @@ def store_parts(
     first, group = (lambda make: make(), None) if team is None else (team.from_first, getattr(team, "group", None))
     folder = path.with_suffix(".parts")
     temp = Path(first(lambda: _made_temp(folder)))
-    with in_our_words("write", folder), alone(team):
-        writer = dcp.FileSystemWriter(temp, sync_files=True)
-        dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=team is None)
-    every = read_back(temp, folder, team)
+    try:
+        with in_our_words("write", folder), alone(team):
+            writer = dcp.FileSystemWriter(temp, sync_files=True)
+            dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=team is None)
+        every = read_back(temp, folder, team)
+    except CheckpointError:  # all ranks have it, and have stopped writing
+        if team is None or not team.rank:
+            shutil.rmtree(temp, ignore_errors=True)
+        raise
     first(lambda: _publish(temp, folder, every))
     return {"folder": folder.name, "files": every}
 
@@ -138,6 +146,7 @@ def _publish(temp: Path, folder: Path, files: dict[str, list[int]]) -> None:
         raise CheckpointError(f"rank 0 doesn't see {', '.join(lost[:5])} in {temp}: checkpoint='sharded' needs a run folder on a "
                               "disk that all ranks share")  # fmt: skip
     try:
+        _sync_folder(temp)
         os.replace(temp, folder)
     except OSError as error:
         raise CheckpointError(f"could not write {folder}: {error}") from error
@@ -185,7 +194,11 @@ class PartsError(CheckpointError):
 
     def __init__(self, folder: Path, fault: str):
         super().__init__(f"cannot read {folder}: {fault}")
+        self._given = folder, fault
         self.path, self.fault = folder.with_suffix(".pt"), f"its parts, {folder.name}: {fault}"  # the checkpoint file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._given  # it goes from rank to rank
 
 
 def looked_through(

@@ -28,7 +28,7 @@ from .identity import architectures, own_code
 from .player import Player, backward, share, unwrapped
 from .sharded import Divided, cut_alike, cut_like, made_whole
 from .state import misshapen
-from .storage import Background
+from .storage import Background, CheckpointError
 from .team import RankError
 
 # %% auto #0
@@ -153,7 +153,7 @@ class Asking(Parted):
     def _afar(self, whose: str = "") -> Iterator[None]:
         try:
             yield
-        except RankError:
+        except (RankError, CheckpointError):  # whatever a path is called
             raise
         except RuntimeError as error:
             if self.team.together and from_afar(error):
@@ -432,11 +432,13 @@ class Cutting(Accompanying):
 class Aside:
     "The ranks once more, for what threads say to each other behind the training."
 
-    def __init__(self, team: Any, timeout: float):  # all ranks make one together
+    PATIENCE = timedelta(hours=1)  # for one that writes slowly; one that has died is noticed at once
+
+    def __init__(self, team: Any):  # all ranks make one together
         from torch.distributed.device_mesh import DeviceMesh
 
-        self.rank, self.size = team.rank, team.size
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        self.rank, self.size, self.broken = team.rank, team.size, False
+        self.group = dist.new_group(backend="gloo", timeout=self.PATIENCE)
         self.mesh = DeviceMesh.from_group(self.group, "cpu")
 
     def gather(self, thing: Any) -> list[Any]:
@@ -457,6 +459,16 @@ class Aside:
         if made[1] is not None:
             raise made[1]
         return made[0]
+
+    def write(self, path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        "Write parts, as `store_parts` does; after a failure that isn't one of all ranks, nothing can be said here any more."
+        try:
+            return store_parts(path, tensors, self)
+        except CheckpointError:
+            raise
+        except BaseException:
+            self.broken = True
+            raise
 
     def copies(self, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
         "Copies of this rank's parts, in its host's memory."
@@ -524,12 +536,22 @@ class Behind(Writing):
             raise error
         return entry
 
-    def _fit(self, target: Any, asked: dict[str, Any]) -> None:
-        try:
-            super()._fit(target, asked)
-        finally:
-            if self._later is not None:
-                self._later.wait()
+    def _wait_behind(self) -> None:
+        "Until this rank has written what was begun. Its failures are told on rank 0, and hold copies here."
+        if self._later is not None:
+            self._later.wait()
+            while self._later.problem():
+                pass
+        if self.team.size > 1 and not self.team.rank and self.checkpoints is not None:
+            self.checkpoints.wait()
+
+    def _tell(self, error: BaseException) -> None:
+        self._wait_behind()  # the others' threads need this one's
+        super()._tell(error)
+
+    def _tidy_up(self) -> None:
+        self._wait_behind()  # before somebody else may write there
+        super()._tidy_up()
 
 # %% ../nbs/66b_fsdp.ipynb #5e8f93cc
 class Parts(Behind):
@@ -537,19 +559,31 @@ class Parts(Behind):
 
     def _save_parts(self, note: str, pin: bool | None, background: bool) -> Any:
         "Write this rank's part, here or behind the training, and on rank 0 the rest of the state."
-        path = Path(self.team.from_first(self._begin_save))
-        self._later = self._later or Background()
-        self._later.wait()
-        self._whole, tensors = taken_apart(self.state_dict())
         try:
-            if background:
-                self._aside = self._aside or Aside(self.team, self.how.timeout)
-                return self._save_behind(note, pin, partial(store_parts, path, self._aside.copies(tensors), self._aside))
+            path = Path(self.team.from_first(self._begin_save))
+            self._later = self._later or Background()
+            self._wait_behind()
+            self._whole, tensors = taken_apart(self.state_dict())
+            if background and self._fitting:  # between fits, somebody else may write there next
+                with self._afar("saving"):
+                    aside = self._set_aside()
+                    write = partial(aside.write, path, aside.copies(tensors))
+                return self._save_behind(note, pin, write)
             with self._afar("saving"):
                 self._whole[PARTS] = store_parts(path, tensors, self.team)
             return Cutting.save(self, note, pin, False)
         finally:
             self._whole = None
+            if not (self.team.rank or self._fitting):
+                self._store().unlock()
+
+    def _set_aside(self) -> Aside:
+        "The ranks once more; anew where one of them can't talk there."
+        worn = self._aside is None or self._aside.broken
+        if max(self.team.numbers(int(worn), "a save behind the training")):
+            self._aside = None
+            self._aside = Aside(self.team)
+        return self._aside  # type: ignore[return-value]
 
     def _begin_save(self) -> str:
         "On rank 0: the place of the next checkpoint, in a folder where nothing is left of those that were not finished."
@@ -573,7 +607,7 @@ class Sharded(Parts):
                 try:
                     return super()._restore(store, which, without)
                 except PartsError as error:  # on all ranks alike: rank 0 passes over it, and all try the one before
-                    if which != "last":
+                    if which != "last" or error.path in passed:
                         raise
                     passed[error.path] = error.fault
         finally:
