@@ -78,6 +78,7 @@ class Press(Callback):
     def act(self, learn):
         self.left -= 1
         if self.left == 0:
+            until(lambda: signal.getsignal(signal.SIGINT) is not signal.default_int_handler, 10)  # somebody waits for the fit
             for _ in range(self.times):
                 os.kill(os.getpid(), signal.SIGINT)
                 until(lambda: learn._stopping == "interrupted", 10)  # two signals at once are one
