@@ -32,7 +32,7 @@ SAME = ["plain", "adamw", "accumulated", "random_samples", "batches_in_a_list", 
 TOGETHER = ["cancels", "cancels_windows", "bad_steps"]
 TWO = [*SAME, *TOGETHER, "whole_numbers", "norms", "gan_norms", "gan_gp", "stopped_by_one", "seldom", "saved",
        "follows", "resumed", "calm_resumed", "missing", "all_cancel", "refused"]  # fmt: skip
-FOUR = ["plain", "accumulated", "gan_every", "gan_penalty", "looked", "stopped_by_one", "steered", "calm_resumed",
+FOUR = ["plain", "accumulated", "gan_every", "gan_penalty", "looked", "early", "stopped_by_one", "steered", "calm_resumed",
         "whole_numbers"]  # fmt: skip
 
 
@@ -390,18 +390,20 @@ def test_a_turn_that_nobody_makes_is_no_fault(runs):
     assert every[0]["state"] == "finished" and 3 not in every[0]["history"]["train/loss"][0]
 
 
+@pytest.mark.parametrize("n", [2, 4])
 @pytest.mark.parametrize("name, words", [("fails", "rank 1 failed: ValueError: the disk is on fire"),
                                          ("killed", "a rank was lost without a word (killed")])  # fmt: skip
-def test_one_end_is_everybodys(tmp_path, name, words):
+def test_one_end_is_everybodys(tmp_path, name, words, n):
     "Without a launcher that would end the others by force: they end by themselves."
     port = free_port()
-    both = [subprocess.Popen([sys.executable, str(HERE / "ranks.py"), str(tmp_path), name], cwd=tmp_path, stderr=subprocess.PIPE,
-                             env=environment(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2, MASTER_PORT=port,
-                                             MASTER_ADDR="127.0.0.1"), text=True) for rank in range(2)]  # fmt: skip
-    said = [process.communicate(timeout=300)[1] for process in both]
-    assert all(process.returncode != 0 for process in both)
-    told = (tmp_path / f"{name}.0.txt").read_text()
-    assert told.startswith("RankError: rank 0 can't go on: ") and words in told, said[0][-2000:]
+    every = [subprocess.Popen([sys.executable, str(HERE / "ranks.py"), str(tmp_path), name], cwd=tmp_path, stderr=subprocess.PIPE,
+                              env=environment(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=n, LOCAL_WORLD_SIZE=n, MASTER_PORT=port,
+                                              MASTER_ADDR="127.0.0.1"), text=True) for rank in range(n)]  # fmt: skip
+    said = [process.communicate(timeout=300)[1] for process in every]
+    assert all(process.returncode != 0 for process in every)
+    for rank in {*range(n)} - {1}:
+        told = (tmp_path / f"{name}.{rank}.txt").read_text()
+        assert told.startswith(f"RankError: rank {rank} can't go on: ") and words in told, said[rank][-2000:]
 
 
 @pytest.mark.parametrize("name, words", [

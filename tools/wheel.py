@@ -331,6 +331,7 @@ def check_command(env: Environment, wheel: Path) -> None:
     for arguments, wanted in {("--help",): "completion", ("--version",): version_of(ROOT), ("runs",): "quickstart"}.items():
         if wanted not in (said := env.run(command, *arguments)):
             raise Wrong(f"`trainkit {' '.join(arguments)}` doesn't say {wanted}:\n{said}")
+    env.run(command, "export", "runs/quickstart", "--to", "safetensors", "--module", "generator", "--out", "g.safetensors")
     headline("the command", since)
 
 
