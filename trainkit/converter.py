@@ -78,10 +78,11 @@ def in_our_words(what: str, path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def alone(team: Any) -> Iterator[None]:
     "Inside, torch doesn't warn that there are no other ranks. (Where there are some, a thread may be at work behind this one.)"
-    with contextlib.ExitStack() as stack:
-        if team is None:
-            stack.enter_context(warnings.catch_warnings())
-            warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)")
+    if team is not None:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)")
         yield
 
 

@@ -44,7 +44,7 @@ from .team import Deciding, RankError
 # %% auto #0
 __all__ = ['CANCELS', 'MEETINGS', 'BEHIND', 'SLOTS', 'HEAD', 'WISHES', 'FIRST_ALONE', 'ALONE', 'Distributed', 'as_distributed',
            'pieces', 'Parcel', 'shows', 'Nowhere', 'Member', 'Alike', 'in_front_of', 'Drawing', 'rank_among', 'is_own',
-           'Meeting', 'Numbers', 'Hearkening', 'Joining', 'Turning', 'Owing', 'Settling', 'Hearing', 'Council',
+           'Meeting', 'Numbers', 'Hearkening', 'Joining', 'Turning', 'Settling', 'Owing', 'Hearing', 'Council',
            'Heeding', 'Wishing', 'Levelling', 'Fitting', 'Refusing', 'Beginning', 'stateful', 'put_together', 'sum_of',
            'Sharing', 'Looking', 'Walking', 'Lender', 'Returning', 'Saving', 'Ranked', 'ranked']
 
@@ -466,7 +466,24 @@ class Turning(Joining):
             raise
 
 # %% ../nbs/65b_distributed.ipynb #d3bd7ac2
-class Owing(Turning):
+class Settling(Turning):
+    "Settles what it owes."
+
+    def _settle(self, cancel: Cancel | None) -> Cancel | None:
+        "Take part in the next exchange that is owed, and so in what all ranks make of it; what that is."
+        while self._owing:
+            player, steps = self._owing[0]
+            self._begin_turn(player, steps)
+            try:
+                self._pay(player, cancel or CancelTurn())
+            except CancelTurn:
+                continue
+            except Cancel as found:
+                return found
+        return cancel
+
+# %% ../nbs/65b_distributed.ipynb #b00dc879
+class Owing(Settling):
     "Pays what is owed."
 
     def _step(self, player: Player) -> None:
@@ -497,9 +514,6 @@ class Owing(Turning):
             raise found
         return found is None
 
-    def _settle(self, cancel: Cancel | None) -> Cancel | None:
-        raise NotImplementedError
-
     def _all_owed(self) -> list[tuple[Player, bool]]:
         "The exchanges of a batch that begins, in order."
         due = [(p, len(p.window) + 1 >= p.accumulate) for p in self.players if p.due(self.step)]
@@ -507,29 +521,12 @@ class Owing(Turning):
             return due
         return [(p, False) for p, _ in due] + [(p, True) for p, steps in due if steps]
 
-# %% ../nbs/65b_distributed.ipynb #b00dc879
-class Settling(Owing):
-    "Settles what it owes."
-
-    def _settle(self, cancel: Cancel | None) -> Cancel | None:
-        "Take part in the next exchange that is owed, and so in what all ranks make of it; what that is."
-        while self._owing:
-            player, steps = self._owing[0]
-            self._begin_turn(player, steps)
-            try:
-                self._pay(player, cancel or CancelTurn())
-            except CancelTurn:
-                continue
-            except Cancel as found:
-                return found
-        return cancel
-
 # %% ../nbs/65b_distributed.ipynb #2f5d5e23
 WISHES = ("", "epoch", "stopped", "interrupted")  # the later ones prevail
 FIRST_ALONE = ("save", "sample", "note")  # commands that rank 0 may fail at alone
 
 # %% ../nbs/65b_distributed.ipynb #a0c7d37e
-class Hearing(Settling):
+class Hearing(Owing):
     "Hears, on rank 0, what everybody is to do."
 
     _wish: str = ""  # of this rank, for the next council

@@ -32,9 +32,9 @@ from .storage import Background, CheckpointError
 from .team import RankError
 
 # %% auto #0
-__all__ = ['MATRICES', 'WHOLE', 'HINTS', 'kinds_of', 'unfuse', 'Parting', 'Parted', 'from_afar', 'Asking', 'Gathered',
-           'Descending', 'Summing', 'Exchanging', 'Awaiting', 'Accompanying', 'moments_of', 'Cutting', 'Aside',
-           'Writing', 'Behind', 'Parts', 'Sharded']
+__all__ = ['MATRICES', 'WHOLE', 'HINTS', 'kinds_of', 'unfuse', 'Parting', 'Parted', 'from_afar', 'Asking', 'Gathered', 'Summing',
+           'Descending', 'Exchanging', 'Awaiting', 'Accompanying', 'moments_of', 'Cutting', 'Aside', 'Behind', 'Parts',
+           'Writing', 'Sharded']
 
 # %% ../nbs/66b_fsdp.ipynb #c3f80c19
 MATRICES = {"Muon": "orthogonalises whole matrices", "Adafactor": "takes means of rows and columns",
@@ -197,41 +197,8 @@ class Gathered(Asking):
                 divided.open()
             super()._turn(player)
 
-    def _descend(self, player: Player) -> None:
-        if not self.team.together:
-            return super()._descend(player)
-        try:
-            self._descend_together(player)
-        except CancelStep as cancel:
-            self._skipped = cancel
-            raise
-
-    def _descend_together(self, player: Player) -> None:
-        raise NotImplementedError
-
 # %% ../nbs/66b_fsdp.ipynb #f1392923
-class Descending(Gathered):
-    "Goes backward with the others."
-
-    def _descend_together(self, player: Player) -> None:
-        self.emit("after_loss")
-        self.emit("before_backward")
-        self._meet(self._numbers(self._weight), losses=True)
-        samples = round(self._samples) if player.accumulate > 1 else 1
-        loss = self.loss * (self._weight * self.team.size / self._samples * share(player, samples))
-        gathered, player.window = player.window, []
-        self._await_sum(player, len(gathered) + 1 >= player.accumulate)
-        backward(player, loss if player.scaler is None else player.scaler.scale(loss))
-        self.emit("after_backward")
-        player.window = [*gathered, samples]
-        if len(player.window) >= player.accumulate:
-            self._step(player)
-
-    def _await_sum(self, player: Player, now: bool) -> None:
-        raise NotImplementedError
-
-# %% ../nbs/66b_fsdp.ipynb #2aa5f70b
-class Summing(Descending):
+class Summing(Gathered):
     "Sums up gradients and statistics."
 
     _waiting: frozenset[str] = frozenset()  # players with gradients that were not summed up
@@ -267,8 +234,35 @@ class Summing(Descending):
         for divided in self._divided.values() if self.how.hold else ():
             divided.close()
 
+# %% ../nbs/66b_fsdp.ipynb #2aa5f70b
+class Descending(Summing):
+    "Goes backward with the others."
+
+    def _descend(self, player: Player) -> None:
+        if not self.team.together:
+            return super()._descend(player)
+        try:
+            self._descend_together(player)
+        except CancelStep as cancel:
+            self._skipped = cancel
+            raise
+
+    def _descend_together(self, player: Player) -> None:
+        self.emit("after_loss")
+        self.emit("before_backward")
+        self._meet(self._numbers(self._weight), losses=True)
+        samples = round(self._samples) if player.accumulate > 1 else 1
+        loss = self.loss * (self._weight * self.team.size / self._samples * share(player, samples))
+        gathered, player.window = player.window, []
+        self._await_sum(player, len(gathered) + 1 >= player.accumulate)
+        backward(player, loss if player.scaler is None else player.scaler.scale(loss))
+        self.emit("after_backward")
+        player.window = [*gathered, samples]
+        if len(player.window) >= player.accumulate:
+            self._step(player)
+
 # %% ../nbs/66b_fsdp.ipynb #5015df4d
-class Exchanging(Summing):
+class Exchanging(Descending):
     "Ends turns together."
 
     def _join(self, player: Player, absent: Cancel | None = None) -> None:
@@ -479,45 +473,12 @@ class Aside:
                 for name, x in tensors.items()}  # fmt: skip
 
 # %% ../nbs/66b_fsdp.ipynb #61ef0658
-class Writing(Cutting):
-    "Writes checkpoints."
+class Behind(Cutting):
+    "Writes parts behind the training."
 
     _whole: dict[str, Any] | None = None  # the state that is being saved
     _aside: Aside | None = None
     _later: Background | None = None  # on ranks other than the first: writes their parts
-
-    def state_dict(self) -> dict[str, Any]:
-        "Everything that decides the next step; of what is divided, this rank's part."
-        return super().state_dict() if self._whole is None else self._whole
-
-    def _collect(self, player: Player) -> None:
-        if self._whole is None:
-            super()._collect(player)
-
-    def save(self, note: str = "", pin: bool | None = None, background: bool = False) -> Any:
-        "Write a checkpoint of the present state into the run's folder, all ranks together; only rank 0 returns an entry."
-        if self.team.size == 1:
-            return super().save(note, pin, background)
-        if self.player is not None or not (self.team.together and self._here()) or self.team.broken:
-            raise RuntimeError("under distributed='fsdp' all ranks save together, between two steps: call save() on all of them")
-        for player in self.players:
-            if player.window:
-                self._collect(player)
-        if self.how.checkpoint == "sharded":
-            return self._save_parts(note, pin, background)
-        with self._afar("saving"):
-            self._whole = made_whole(self.state_dict(), keep=not self.team.rank)
-        try:
-            return super().save(note, pin, background)
-        finally:
-            self._whole = None
-
-    def _save_parts(self, note: str, pin: bool | None, background: bool) -> Any:
-        raise NotImplementedError
-
-# %% ../nbs/66b_fsdp.ipynb #49383b45
-class Behind(Writing):
-    "Writes parts behind the training."
 
     def _save_behind(self, note: str, pin: bool | None, write: Callable[[], dict[str, Any]]) -> Any:
         "Let a thread of each rank write, once that of rank 0 has begun; what goes wrong behind is told there."
@@ -594,7 +555,37 @@ class Parts(Behind):
         return str(_free_path(store.folder, self.step))
 
 # %% ../nbs/66b_fsdp.ipynb #c5f1ad2d
-class Sharded(Parts):
+class Writing(Parts):
+    "Writes checkpoints."
+
+    def state_dict(self) -> dict[str, Any]:
+        "Everything that decides the next step; of what is divided, this rank's part."
+        return super().state_dict() if self._whole is None else self._whole
+
+    def _collect(self, player: Player) -> None:
+        if self._whole is None:
+            super()._collect(player)
+
+    def save(self, note: str = "", pin: bool | None = None, background: bool = False) -> Any:
+        "Write a checkpoint of the present state into the run's folder, all ranks together; only rank 0 returns an entry."
+        if self.team.size == 1:
+            return super().save(note, pin, background)
+        if self.player is not None or not (self.team.together and self._here()) or self.team.broken:
+            raise RuntimeError("under distributed='fsdp' all ranks save together, between two steps: call save() on all of them")
+        for player in self.players:
+            if player.window:
+                self._collect(player)
+        if self.how.checkpoint == "sharded":
+            return self._save_parts(note, pin, background)
+        with self._afar("saving"):
+            self._whole = made_whole(self.state_dict(), keep=not self.team.rank)
+        try:
+            return super().save(note, pin, background)
+        finally:
+            self._whole = None
+
+# %% ../nbs/66b_fsdp.ipynb #de6250bf
+class Sharded(Writing):
     "A learner on one of several ranks, each of which has a part of the parameters."
 
     def _restore(self, store: Any, which: Which, without: Iterable[str] = ()) -> Entry:

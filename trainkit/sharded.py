@@ -87,7 +87,7 @@ class Dividing:
         check_torch()
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-        self.module, self.hold, self.used = module, hold, set[int]()  # ids of parameters that got a gradient
+        self.hold, self.used = hold, set[int]()  # ids of parameters that got a gradient
         how = {"mesh": mesh, "reshard_after_forward": not hold, "mp_policy": policy or MixedPrecisionPolicy()}
         for p in module.parameters():
             p.data = p.data.contiguous()  # what has channels last: fully_shard takes no other
