@@ -1,6 +1,11 @@
 "What people see when they type a name: words that help, neither an address nor a wall of numbers."
 
+import json
+import os
 import re
+import subprocess
+import sys
+from html.parser import HTMLParser
 
 import pytest
 import torch
@@ -54,8 +59,10 @@ PARTS = {
     "stream": (lambda learn: learn.stream, r"SeededStream\('train': batch 0 of epoch 2, from DataLoader of length 3\)"),
     "metrics": (lambda learn: learn.metrics, r"MetricSet\(.*'mae'"),
     "callbacks": (lambda learn: learn.cbs, r"Own.*AutoSave\('epoch'\)"),
+    "callback": (lambda learn: learn.cbs.get("AutoSave"), r"AutoSave\('epoch'\)"),
     "random": (lambda learn: [learn.random, RandomState(3)], r"shared.*seed=3"),
     "player": (lambda learn: learn.players[0], r"Player\('model'"),
+    "plan": (lambda learn: learn.players[0].builder, r"OptimBuilder\('adamw', lr=0.1, schedule='cosine'\)"),
     "terms": (lambda learn: learn.players[0].terms, r"\[Term\('loss', mse_loss\)\]"),
     "schedule": (lambda learn: learn.players[0].schedule, r"cosine"),
     "curves": (lambda learn: PlannedCurve("sequence", parts=[{"name": "linear", "length": 3}, "cosine"]), r"sequence"),
@@ -84,13 +91,103 @@ def test_a_loss_that_is_an_object_has_no_address():
     assert repr(player.terms) == "[Term('first', a Loss), Term('second', a L1Loss, weight=0.5)]"
 
 
-def test_what_is_rich_is_a_table_of_the_same(learn):
-    for part, words in (("itself", ["Learner: step 6", "Player(&#x27;model&#x27;", "<td", "valid/mae"]),
-                        ("history", ["valid/mae", f"{learn.history.last('valid/mae'):.4g}"]),
-                        ("settings", ["batch_size", ">8<", ">argument<"]), ("runs", [">one<"]), ("comparison", ["valid/mae"]),
-                        ("controls", ["<th", ">beta1<", "&gt;= 0, &lt; 1"]),
-                        ("checkpoints", ["best"]), ("report", ["restored"])):  # fmt: skip
-        text = PARTS[part][0](learn)._repr_html_()
-        assert all(word in text for word in words) and text.count("<tr>") == text.count("</tr>"), text
+RICH = {  # the text in the cells of its table, or in what stands above it
+    "itself": ["Learner: step 6", "Player('model'", "valid/mae"],
+    "history": ["series", "valid/mae"],
+    "settings": ["batch_size", "8", "argument"],
+    "journal": ["step", "by", "fit epochs=2"],
+    "controls": ["beta1", ">= 0, < 1", "its schedule"],
+    "checkpoints": ["best", "score", "6"],
+    "entry": ["checkpoint 3", "step", "3", "epoch", "1", "file"],
+    "loaders": ["valid: far", "DataLoader", "5", "ArrayDataset of length 24"],
+    "metrics": ["mae", "FunctionMetric('mae')"],
+    "callbacks": ["Own()", "after_epoch", "AutoSave('epoch')"],
+    "callback": ["callback auto_save", "acts at", "after_epoch"],
+    "player": ["player model", "Linear, 4 parameters", "loss", "optimizer", "OptimBuilder('adamw'", "updates made", "6"],
+    "plan": ["OptimBuilder", "adamw", "lr", "0.1", "cosine"],
+    "timings": ["in all", "ms a step", "model's turn"],
+    "runs": ["1 run in", "one", "6"],
+    "run": ["run one", "step", "6", "checkpoints", "2"],
+    "comparison": ["one", "valid/mae"],
+    "attached": ["attached to", "finished", "what can be moved", "beta1"],
+    "report": ["restored"],
+}  # fmt: skip
+
+
+class Cells(HTMLParser):
+    "What stands in a table's cells and above it; every element is closed by its own end."
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.said = [], [""]
+        self.feed(text)
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.said.append("")
+        if tag not in ("br", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+        self.said.append("")
+
+    def handle_data(self, data):
+        self.said[-1] += data
+
+
+@pytest.mark.parametrize("part", RICH)
+def test_where_a_notebook_shows_it_it_is_a_table(learn, part):
+    made = PARTS[part][0](learn)
+    html = made._repr_html_()
+    said = [text for text in Cells(html).said if text.strip()]
+    assert all(any(word in text for text in said) for word in RICH[part]), said
+    assert not re.search(r"object at 0x|<function|<bound", " ".join(said)) and len(html) < 20_000, said
+
+
+def test_what_has_many_facts_is_rich():
+    short = {"snapshot", "mark", "stream", "random", "terms", "schedule", "curves", "knob", "dataset", "distances"}  # one line
+    assert PARTS.keys() - RICH.keys() == short
+
+
+def test_a_learner_that_did_nothing_yet_has_no_table():
     fresh = Learner(nn.Linear(3, 1), (X, X[:, :1]), "mse", front="none")
     assert "<table" not in fresh._repr_html_() and "step 0" in fresh._repr_html_()
+    assert fresh.journal._repr_html_() == "<p>an empty journal</p>"
+
+
+COMPLETED = {  # what was typed before the tabulator -> what has to be among what is offered
+    "from trainkit.": {"learner", "optim", "callback", "callbacks", "gan", "history", "runs"},
+    "from trainkit import ": {"attach", "learner", "callbacks"},
+    "from trainkit.callbacks.": {"clip", "stopping", "average"},
+    "learn.": {"fit", "pause", "resume", "stop", "save", "restore", "branch", "validate", "test", "predict", "players", "history",
+               "checkpoints", "journal", "timings", "controls", "resume_report"},
+    "learn.players[0].": {"modules", "opt", "schedule", "terms"},
+    "Learner(": {"cbs=", "metrics=", "run=", "distributed="},
+    "learn.fit(": {"epochs=", "steps=", "background="},
+    "found['": {"one"},
+}  # fmt: skip
+COMPLETER = """
+import json, sys, tempfile
+import torch
+from IPython.core.completer import provisionalcompleter
+from IPython.core.interactiveshell import InteractiveShell
+from trainkit.learner import Learner
+from trainkit.runs import runs
+x, folder = torch.randn(8, 3), tempfile.mkdtemp()
+learn = Learner(torch.nn.Linear(3, 1), (x, x[:, :1]), "mse", front="none", run=folder + "/one")
+learn.fit(1)
+shell = InteractiveShell.instance(user_ns={"learn": learn, "Learner": Learner, "found": runs(folder)})
+with provisionalcompleter():
+    offered = {text: [c.text for c in shell.Completer.completions(text, len(text))] for text in json.loads(sys.argv[1])}
+print(json.dumps(offered))
+"""
+
+
+def test_names_are_found_by_the_tabulator(tmp_path):
+    command = [sys.executable, "-c", COMPLETER, json.dumps([*COMPLETED])]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "IPYTHONDIR": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    offered = json.loads(done.stdout.splitlines()[-1])
+    assert {text: wanted - {*offered[text]} for text, wanted in COMPLETED.items()} == {text: set() for text in COMPLETED}
+    assert not [name for name in offered["learn."] if name.startswith("_")]

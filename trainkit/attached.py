@@ -17,6 +17,7 @@ from .commands import ByName, Command, check_command
 from .journal import Entry, Journal, as_entry
 from .lines import Lines
 from .mailbox import NotListening, post_command, read_status, silence
+from .reprs import as_facts
 from .runs import runs
 from .settings import load_settings, nearest
 
@@ -299,6 +300,15 @@ class Attached(Watched):
         s = self.status()
         who = s["silence"] or f"{s['state']} at step {s['step']}, process {s.get('pid')}"
         return f"Attached to {self.path}: {who}"
+
+    def _repr_html_(self) -> str:
+        s = self.status()
+        told = {key: s.get(key) for key in ("state", "step", "epoch", "rate", "eta", "device", "error", "silence")}
+        losses = [f"{name} {value:.4g}" for name, value in s.get("losses", {}).items() if value is not None]
+        moved = [*dict.fromkeys(row["name"] for row in s.get("controls", []))]
+        facts = {**told, "process": str(s.get("pid", "")), "losses": losses, "what can be moved": moved,
+                 "checkpoints": len(self.checkpoints)}  # fmt: skip
+        return as_facts(f"attached to {self.path}", facts.items())
 
 # %% ../nbs/29b_attached.ipynb #fc8c1f75
 def wait_for(

@@ -13,12 +13,14 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from .reprs import as_facts, as_table
 from .timings import Ledger
 
 # %% auto #0
 __all__ = ['TURN', 'PAUSE', 'VALIDATE', 'FIT', 'TEST', 'PREDICT', 'EVENTS', 'Scope', 'Cancel', 'CancelTurn', 'CancelStep',
-           'CancelPause', 'CancelBatch', 'CancelEpoch', 'CancelValidate', 'CancelFit', 'Callback', 'On', 'check_event',
-           'check_callback', 'CallbackSet', 'CallbackList', 'loop_picture', 'Emitter', 'Scopes']
+           'CancelPause', 'CancelBatch', 'CancelEpoch', 'CancelValidate', 'CancelFit', 'Callback', 'events_of',
+           'summary', 'On', 'check_event', 'check_callback', 'CallbackSet', 'CallbackList', 'loop_picture', 'Emitter',
+           'Scopes']
 
 # %% ../nbs/20_callback.ipynb #13e46bb6
 @dataclass(frozen=True)
@@ -132,6 +134,26 @@ class Callback:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
+
+    def _repr_html_(self) -> str:
+        given = {key: value for key, value in vars(self).items()
+                 if not key.startswith("_") and isinstance(value, (bool, int, float, str, tuple))}  # fmt: skip
+        about = {"": summary(self), "acts at": events_of(self), "order": self.order or None}
+        return as_facts(f"callback {self.name}", [*about.items(), *((key, repr(value)) for key, value in given.items())])
+
+
+def events_of(
+    cb: Callback,
+) -> list[str]:
+    "The events at which a callback acts, in the order of the loop."
+    return [event for event in EVENTS if hasattr(cb, event)]
+
+
+def summary(
+    cb: Callback,
+) -> str:  # empty where its class says nothing of its own
+    "The first line of what a callback's class says about itself."
+    return (type(cb).__doc__ or "").strip().partition("\n")[0]
 
 # %% ../nbs/20_callback.ipynb #4d2d1755
 class On(Callback):
@@ -254,6 +276,10 @@ class CallbackList(CallbackSet):
 
     def __repr__(self) -> str:
         return repr(self._cbs)
+
+    def _repr_html_(self) -> str:
+        return as_table(((repr(cb).partition("\n")[0], ", ".join(events_of(cb)), summary(cb)) for cb in self),
+                        ("in this order", "acts at", ""))  # fmt: skip
 
 # %% ../nbs/20_callback.ipynb #33c1cc96
 def loop_picture(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
-import html
 import itertools
 import json
 import math
@@ -30,6 +29,7 @@ from typing import IO, Any, ClassVar
 import numpy as np
 from torch import Tensor
 
+from .reprs import Markup, as_columns, as_facts, as_table
 from .storage import FORMAT, Background, clear_leftovers, fault_of, load_content, parts_fault
 from .storage import CheckpointError as CheckpointError  # people look for these here, too
 from .storage import check_plain as check_plain
@@ -53,6 +53,15 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def _when(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds)) if seconds else ""
+
+
+def _picture(png: bytes | None) -> Markup:
+    picture = base64.b64encode(png or b"").decode()
+    return Markup(f'<img src="data:image/png;base64,{picture}" style="max-height:4em">' if picture else "")
+
+
 @dataclass(frozen=True, repr=False)
 class Entry:
     "One checkpoint: which, when, how good."
@@ -72,6 +81,12 @@ class Entry:
         said += [] if self.score is None else [f"score {self.score:.4g}"]
         said += ["pinned"] if self.pinned else []
         return f"checkpoint {self.id!r}: {', '.join(said)} ({self.path})"
+
+    def _repr_html_(self) -> str:
+        known = {key: printable(str(value)) for key, value in self.info.items() if key not in ("score", "pinned")}
+        facts = {"step": self.step, "score": self.score, "pinned": "yes" * self.pinned, "saved": _when(self.time),
+                 "MB": self.size / 1e6, **known, "": _picture(self.thumbnail), "file": self.path}  # fmt: skip
+        return as_facts(f"checkpoint {self.id}", facts.items())
 
     @property
     def pinned(self) -> bool:
@@ -560,26 +575,18 @@ COLUMNS = ("", "id", "epoch", "score", "note", "saved", "MB")
 def _row(entry: Entry, best: Entry | None) -> tuple[str, ...]:
     marks = ["pinned"] * entry.pinned + ["best"] * (entry == best) + ["unreadable"] * (entry.seq < 0)
     score = "" if entry.score is None else f"{entry.score:.4g}"
-    saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.time)) if entry.time else ""
     note, epoch = printable(str(entry.info.get("note") or "")), printable(str(entry.info.get("epoch", "")))
-    return " ".join(marks), entry.id, epoch, score, note, saved, f"{entry.size / 1e6:.2f}"
+    return " ".join(marks), entry.id, epoch, score, note, _when(entry.time), f"{entry.size / 1e6:.2f}"
 
 
 def _as_text(store: Shelf) -> str:
     entries, best = store.list(), store.best
-    rows = [COLUMNS[1:] + ("",)] + [row[1:] + row[:1] for row in (_row(entry, best) for entry in entries)]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    rows = [COLUMNS, *(_row(entry, best) for entry in entries)]
+    lines = as_columns(row[1:] + row[:1] for row in rows).splitlines()
     return "\n  ".join([f"{len(entries)} checkpoints in {store.folder}", *(lines if entries else [])])
 
 
 def _as_html(store: Shelf) -> str:
     entries, best = store.list(), store.best
-    head = "".join(f"<th>{name}</th>" for name in (*COLUMNS, ""))
-    body = ""
-    for entry in entries:
-        picture = base64.b64encode(entry.thumbnail or b"").decode()
-        cells = [html.escape(cell) for cell in _row(entry, best)]
-        cells.append(f'<img src="data:image/png;base64,{picture}" style="max-height:4em">' if picture else "")
-        body += "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
-    return f"<table><caption>{html.escape(str(store.folder))}</caption><tr>{head}</tr>{body}</table>"
+    rows = [(*_row(entry, best), _picture(entry.thumbnail)) for entry in entries]
+    return as_table(rows, (*COLUMNS, ""), title=str(store.folder))

@@ -5,17 +5,17 @@
 # %% ../nbs/21b_controls.ipynb #6a67559b
 from __future__ import annotations
 
-import html
 import math
 from dataclasses import dataclass
 from typing import Any
 
 from .knobs import CadenceKnob, ScheduledKnob, all_knobs, knob, knobs, place, schedules_of
+from .reprs import as_columns, as_table
 from .schedule import Knob, OptionKnob
 
 # %% auto #0
-__all__ = ['Control', 'shown_range', 'given_value', 'moved_by', 'accepted', 'Controls', 'controls', 'value_of', 'hand_on', 'lay',
-           'check_turn', 'put', 'turn']
+__all__ = ['COLUMNS', 'Control', 'shown_range', 'given_value', 'moved_by', 'accepted', 'Controls', 'controls', 'value_of',
+           'hand_on', 'lay', 'check_turn', 'put', 'turn']
 
 # %% ../nbs/21b_controls.ipynb #bcd19850
 @dataclass(frozen=True)
@@ -79,6 +79,9 @@ def accepted(control: Control) -> str:
     return ", ".join(bounds)
 
 
+COLUMNS = ("player", "name", "value", "accepted", "moved by")
+
+
 class Controls(list[Control]):
     "Every number that can be moved now, as a table where it is shown."
 
@@ -88,14 +91,10 @@ class Controls(list[Control]):
         return [(c.player, c.name, value, accepted(c), moved_by(c)) for c, value in zip(self, values)]
 
     def __repr__(self) -> str:
-        rows = [("player", "name", "value", "accepted", "moved by"), *self.rows()]
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
+        return as_columns([COLUMNS, *self.rows()])
 
     def _repr_html_(self) -> str:
-        rows = [("th", ("player", "name", "value", "accepted", "moved by")), *(("td", row) for row in self.rows())]
-        cells = [[f'<{tag} style="text-align:left">{html.escape(text)}</{tag}>' for text in row] for tag, row in rows]
-        return "<table>" + "".join(f"<tr>{''.join(row)}</tr>" for row in cells) + "</table>"
+        return as_table(self.rows(), COLUMNS)
 
 # %% ../nbs/21b_controls.ipynb #f4db7b8c
 def controls(

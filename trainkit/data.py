@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .device import preserve_rng, rng_state, set_rng_state
+from .reprs import as_table, in_short
 
 # %% auto #0
 __all__ = ['ACCEPTED', 'TARGET_KEYS', 'Split', 'ANEW', 'describe', 'length_of', 'as_tensor', 'ArrayDataset', 'as_loader',
@@ -167,6 +168,14 @@ class Loaders:
         groups = [f"{key}={{{', '.join(f'{name!r}: {describe(dl)}' for name, dl in found.items())}}}"
                   for key, found in (("valid", self.valid), ("test", self.test)) if found]  # fmt: skip
         return f"Loaders({', '.join([f'train={None if self.train is None else describe(self.train)}', *groups])})"
+
+    def _repr_html_(self) -> str:
+        named = {"train": self.train, **{f"valid: {key}": dl for key, dl in self.valid.items()},
+                 **{f"test: {key}": dl for key, dl in self.test.items()}}  # fmt: skip
+        rows = [(name, type(dl).__name__, in_short(length_of(dl)), in_short(getattr(dl, "batch_size", None)),
+                 describe(getattr(dl, "dataset", None)) if hasattr(dl, "dataset") else "")
+                for name, dl in named.items() if dl is not None]  # fmt: skip
+        return as_table(rows, ("for", "loader", "batches", "samples a batch", "of"))
 
 def _is_pair(x: Any) -> bool:
     "Whether x means (train, valid)."

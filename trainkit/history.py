@@ -9,7 +9,6 @@ __all__ = ['LAST_STEP', 'Value', 'ENCODE', 'UNREADABLE', 'Column', 'fetch', 'as_
            'from_state', 'past_of', 'fork_of', 'catch_up', 'History']
 
 # %% ../nbs/01_history.ipynb #567cb02c
-import html
 import json
 import math
 import threading
@@ -29,6 +28,7 @@ import numpy as np
 import torch
 
 from .forks import Scalars, Tail, covered, cut, fork_step, kept, same, upto
+from .reprs import as_table
 
 # %% ../nbs/01_history.ipynb #2e4e0f01
 class Column:
@@ -196,10 +196,8 @@ class Snapshot:
         return f"Snapshot({values} values, series {', '.join(self.scalars) or 'none'}, {len(self.marks)} marks)"
 
     def _repr_html_(self) -> str:
-        rows = [("series", "values", "last", "at step")]
-        rows += [(n, str(len(s)), f"{v[-1]:.4g}", str(s[-1])) for n, (s, v) in self.scalars.items() if len(s)]
-        cells = ["".join(f'<td style="text-align:left">{html.escape(cell)}</td>' for cell in row) for row in rows]
-        return f"<table><tr>{'</tr><tr>'.join(cells)}</tr></table>"
+        rows = [(n, str(len(s)), f"{v[-1]:.4g}", str(s[-1])) for n, (s, v) in self.scalars.items() if len(s)]
+        return as_table(rows, ("series", "values", "last", "at step"))
 
 # %% ../nbs/01_history.ipynb #a03f6314
 class Record(Columns):

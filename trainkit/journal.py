@@ -15,8 +15,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from .reprs import as_columns, as_table
+
 # %% auto #0
-__all__ = ['Entry', 'as_entry', 'in_words', 'Written', 'entries_of_state', 'Journal', 'table']
+__all__ = ['COLUMNS', 'Entry', 'as_entry', 'in_words', 'Written', 'entries_of_state', 'Journal', 'cells', 'table']
 
 # %% ../nbs/03_journal.ipynb #260e8802
 @dataclass(frozen=True)
@@ -192,15 +194,23 @@ class Journal(Written):
     def __repr__(self) -> str:
         return table(self.entries)
 
+    def _repr_html_(self) -> str:
+        return as_table(map(cells, self.entries), COLUMNS) if self.entries else f"<p>{self!r}</p>"
+
 # %% ../nbs/03_journal.ipynb #0012d70b
+COLUMNS = ("step", "time", "by", "what")
+
+
+def cells(
+    entry: Entry,
+) -> tuple[str, str, str, str]:
+    "An entry's row of the table."
+    return str(entry.step), time.strftime("%H:%M:%S", time.localtime(entry.time)), entry.source, in_words(entry)
+
+
 def table(
     entries: Iterable[Entry],
 ) -> str:
     "Entries as text, a line each."
-    rows = [(str(e.step), time.strftime("%H:%M:%S", time.localtime(e.time)), e.source, in_words(e)) for e in entries]
-    if not rows:
-        return "an empty journal"
-    head = ("step", "time", "by", "what")
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(3)]
-    return "\n".join("  ".join([row[0].rjust(widths[0]), row[1].ljust(widths[1]), row[2].ljust(widths[2]), row[3]])
-                     for row in [head, *rows])  # fmt: skip
+    rows = [*map(cells, entries)]
+    return as_columns([COLUMNS, *rows], right=[0]) if rows else "an empty journal"

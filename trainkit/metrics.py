@@ -16,6 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .reprs import as_table
+
 # %% auto #0
 __all__ = ['METRICS', 'Mean', 'mse', 'mae', 'accuracy', 'binary_accuracy', 'metric_name', 'Metric', 'detached', 'FunctionMetric',
            'StatefulMetric', 'as_metric', 'MetricSet']
@@ -307,6 +309,10 @@ class MetricSet:
 
     def __repr__(self) -> str:
         return f"MetricSet({', '.join(map(repr, self.metrics))})"
+
+    def _repr_html_(self) -> str:
+        rows = [(str(getattr(metric, "name", "")), repr(metric)) for metric in self.metrics]
+        return as_table(rows, ("metric", "computed by"))
 
     def for_loader(self, name: str) -> MetricSet:
         "The metrics of the loader of this name, emptied."

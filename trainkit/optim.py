@@ -29,6 +29,7 @@ from .optimizers import keywords as keywords
 from .optimizers import refuse_closure, refuse_dense, small
 from .optimizers import register_optimizer as register_optimizer
 from .optimizers import torch_optimizers as torch_optimizers
+from .reprs import as_facts
 from .schedule import OptionKnob, Schedule, place_of
 from .shapes import draw_schedules, path_of, unknown
 from .shapes import register_scheduler as register_scheduler  # people look for it here, too
@@ -336,6 +337,10 @@ class WritablePlan(OptimPlan):
     def __repr__(self) -> str:
         values = "".join(f", {k}={v!r}" for k, v in plain(self.arguments()).items())
         return f"{type(self).__name__}({self.name!r}{values})"
+
+    def _repr_html_(self) -> str:
+        told = {key: value if isinstance(value, (str, float)) else repr(value) for key, value in plain(self.arguments()).items()}
+        return as_facts(type(self).__name__, {"optimizer": self.name, **told}.items())
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, WritablePlan) or repr(self) != repr(other):

@@ -21,6 +21,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from .data import describe
 from .device import Precision
 from .optim import OptimBuilder, align_gradients, as_builder
+from .reprs import as_facts, in_short
 from .schedule import Schedule
 
 # %% auto #0
@@ -224,6 +225,15 @@ class Player(PlayerPlan):
         moves = "" if self.every == 1 else f", every {self.every} batches"
         moves += "" if self.accumulate == 1 else f", accumulate={self.accumulate}"
         return f"Player({self.name!r}, {n:,} parameters, {self.builder or 'no optimizer yet'}{moves})"
+
+    def _repr_html_(self) -> str:
+        modules = {key: f"{type(unwrapped(module)).__name__}, {sum(p.numel() for p in module.parameters()):,} parameters"
+                   for key, module in self.modules.items()}  # fmt: skip
+        loss = [f"{name} × {weight:g}" if weight != 1 else name for name, weight in self.weights.items()]
+        moved = {key: f"{in_short(s.knob.read())}, {s!r}" for key, s in getattr(self, "schedules", {}).items()}
+        facts = {**modules, "minimises": loss, "optimizer": self.builder, **moved, "moves every … batches": self.every,
+                 "turns a step": self.accumulate, "updates made": self.updates}  # fmt: skip
+        return as_facts(f"player {self.name}", facts.items())
 
 # %% ../nbs/21_player.ipynb #23feb6dc
 class BadLoss(ValueError):

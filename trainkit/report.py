@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import ast
-import html
 import inspect
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from .callback import EVENTS, Callback
 from .data import ForwardOnly, Stateful, generators_of
+from .reprs import as_table
 from .seeds import Seeded, SeededDataset, generator_kinds, held, is_plain, obstacle
 from .storage import check_plain
 
@@ -75,10 +75,7 @@ class Report:
     def _repr_html_(self) -> str:
         if self.exact:
             return f"<p><b>{EXACT}</b> {WHERE}</p>"
-        rows = [("th", ("not restored exactly", "why", "what to do")), *(("td", (f.what, f.why, f.do)) for f in self)]
-        style = "text-align:left;vertical-align:top"
-        cells = [[f'<{tag} style="{style}">{html.escape(text)}</{tag}>' for text in row] for tag, row in rows]
-        return "<table>" + "".join(f"<tr>{''.join(row)}</tr>" for row in cells) + "</table>"
+        return as_table(((f.what, f.why, f.do) for f in self), ("not restored exactly", "why", "what to do"))
 
 # %% ../nbs/25b_report.ipynb #ed731bd6
 GLOBAL = "draw from torch's, NumPy's or Python's global generators"

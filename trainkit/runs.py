@@ -5,7 +5,6 @@
 # %% ../nbs/02a_runs.ipynb #cd69a5e8
 from __future__ import annotations
 
-import html
 import json
 import math
 import os
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+from .reprs import as_columns, as_facts, as_table
 from .settings import load_settings
 
 if TYPE_CHECKING:  # torch is a second's wait, and a list of runs needs none of it
@@ -116,6 +116,12 @@ class Run:
         said += [f"a branch of {self.parent}"] if self.parent else []
         said += [f"damaged: {self.fault}"] if self.fault else []
         return f"Run({self.name!r}: {', '.join(said)}, in {self.path})"
+
+    def _repr_html_(self) -> str:
+        changed = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.changed)) if self.changed else ""
+        facts = {"step": self.step, "best score": self.best, "checkpoints": self.checkpoints, "a branch of": self.parent,
+                 "MB": self.size / 1e6, "changed": changed, "damaged": self.fault, "folder": self.path}  # fmt: skip
+        return as_facts(f"run {self.name}", facts.items())
 
     @property
     def sessions(self) -> list[dict[str, Any]]:
@@ -240,6 +246,8 @@ class RunList(Sequence[Run]):
         "Names, in the order of the table."
         return [run.name for run in self]
 
+    _ipython_key_completions_ = names  # `found["` and the tabulator
+
     def _chosen(self, which: Sequence[int | str]) -> list[Run]:
         return [self[one] for one in which] if which else [*self]
 
@@ -284,16 +292,10 @@ class Runs(RunList):
     def __repr__(self) -> str:
         head = f"{len(self)} run{'s' * (len(self) != 1)} in {self.folder}"
         if not len(self): return head + (" (there is no such folder)" if not self.folder.is_dir() else "")
-        rows = [COLUMNS, *self.rows()]
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-        return "\n  ".join([head, *lines])
+        return "\n  ".join([head, *as_columns([COLUMNS, *self.rows()]).splitlines()])
 
     def _repr_html_(self) -> str:
-        style = 'style="text-align:left;white-space:pre;font-variant-numeric:tabular-nums"'
-        head = "".join(f"<th {style}>{name}</th>" for name in COLUMNS)
-        body = "".join("<tr>" + "".join(f"<td {style}>{html.escape(c)}</td>" for c in row) + "</tr>" for row in self.rows())
-        return f"<table><caption>{html.escape(repr(self).splitlines()[0])}</caption><tr>{head}</tr>{body}</table>"
+        return as_table(self.rows(), COLUMNS, title=repr(self).splitlines()[0])
 
 # %% ../nbs/02a_runs.ipynb #c599570c
 def runs(

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from .reprs import as_columns, as_table
+
 # %% auto #0
 __all__ = ['Ledger', 'Timings', 'timings_of']
 
@@ -75,13 +77,19 @@ class Timings:
         "Which part of the training an account took."
         return self.seconds.get(account, 0.0) / self.total if self.total else 0.0
 
-    def __repr__(self) -> str:
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        "Account, seconds, share of the training, and what a step takes; the largest first, pauses last."
         spent = sorted(self.seconds.items(), key=lambda item: -item[1])
         rows = [(account, s, f"{self.share(account):.1%}") for account, s in spent if account != "paused"]
         rows += [("in all", self.total, "")] + [("paused", s, "") for account, s in spent if account == "paused"]
-        wide = max(len(account) for account, _, _ in rows)
-        each = [f"{1e3 * s / self.steps:>10.3f} ms a step" if self.steps and name != "paused" else "" for name, s, _ in rows]
-        return "\n".join(f"{name:<{wide}} {s:>9.2f} s {share:>6}{step}".rstrip() for (name, s, share), step in zip(rows, each))
+        each = [f"{1e3 * s / self.steps:.3f} ms a step" if self.steps and name != "paused" else "" for name, s, _ in rows]
+        return [(name, f"{s:.2f} s", share, step) for (name, s, share), step in zip(rows, each)]
+
+    def __repr__(self) -> str:
+        return as_columns(self.rows(), right=[1, 2, 3])
+
+    def _repr_html_(self) -> str:
+        return as_table(self.rows())
 
 
 def timings_of(

@@ -16,12 +16,14 @@ from ..callbacks.average import EMA
 from ..commands import Command, as_line
 from .readings import Readings, average_of
 from ..knobs import all_knobs
+from ..reprs import as_columns
 from ..shapes import unknown
 
 # %% auto #0
 __all__ = ['Proposal', 'Cure', 'TELLS', 'SATURATION', 'VANISHING', 'STARVED', 'COLLAPSE', 'OSCILLATION', 'LAGGING',
-           'MEMORISATION', 'DISORDERS', 'Limit', 'rate', 'oftener', 'back', 'less_momentum', 'shorter_average', 'stop',
-           'Disorder', 'Alarm', 'Episode', 'Judging', 'Keeping', 'obstacle', 'Prescribing', 'Doctor', 'as_table']
+           'MEMORISATION', 'DISORDERS', 'ALARMED', 'Limit', 'rate', 'oftener', 'back', 'less_momentum',
+           'shorter_average', 'stop', 'Disorder', 'Alarm', 'Episode', 'Judging', 'Keeping', 'obstacle', 'Prescribing',
+           'Doctor']
 
 # %% ../../nbs/46b_gan_doctor.ipynb #a98331f5
 @dataclass(frozen=True)
@@ -353,6 +355,9 @@ class Prescribing(Keeping):
                 self.episodes[alarm.name] = self.episodes[alarm.name] if entry.error else Episode()
 
 # %% ../../nbs/46b_gan_doctor.ipynb #1e8fa24e
+ALARMED = ("step", "until", "alarm", "evidence", "suggested")
+
+
 class Doctor(Prescribing):
     "Watches a GAN for signs of failure; changes nothing by itself."
 
@@ -360,7 +365,7 @@ class Doctor(Prescribing):
         "The newest readings with their limits, and every alarm with what it means."
         rows = [(name, f"{value:.4g}", self._limits(name)) for name, value in self.last.items()]
         head = ("reading", "now", "sign of")
-        readings = as_table([head, *rows]) if rows else f"nothing was read yet: a look each {self.every} steps"
+        readings = as_columns([head, *rows]) if rows else f"nothing was read yet: a look each {self.every} steps"
         alarms = "\n".join(f"- {alarm}{self._became(alarm)}" for alarm in self.alarms)
         return f"{readings}\n\n{alarms or 'no alarm'}"
 
@@ -375,10 +380,4 @@ class Doctor(Prescribing):
     def __repr__(self) -> str:
         head = f"Doctor(every={self.every}, n={self.n}): {len(self.alarms) or 'no'} alarm{'s' * (len(self.alarms) != 1)}"
         rows = [(f"{a.step}", "" if a.ended is None else f"{a.ended}", a.name, a.readings, a.suggestion) for a in self.alarms]
-        return "\n".join([head, *([as_table([("step", "until", "alarm", "evidence", "suggested"), *rows])] if rows else [])])
-
-
-def as_table(rows: Sequence[Sequence[str]]) -> str:
-    "Rows of text in columns."
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+        return "\n".join([head, *([as_columns([ALARMED, *rows])] if rows else [])])

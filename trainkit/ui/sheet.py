@@ -19,6 +19,7 @@ from typing import Any
 
 from ..checkpoint import Entry, ranked
 from ..history import finite
+from ..reprs import as_columns
 from .progress import digits
 
 # %% ../../nbs/53a_ui_sheet.ipynb #5f7f88cc
@@ -103,8 +104,7 @@ def as_text(
     fields = fields_of(entries)
     rows = [[e.id, *(f.text(e)[:40] for f in fields[1:]), ", ".join(badges(e, best))] for e in entries]
     rows = [[*(f.name for f in fields), ""], *rows] if entries else []
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n  ".join([title, *("  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in rows)])
+    return "\n  ".join([title, *as_columns(rows).splitlines()])
 
 # %% ../../nbs/53a_ui_sheet.ipynb #f6e7ff40
 def numbers_of(entry: Entry) -> dict[str, float]:
