@@ -18,8 +18,8 @@ import shutil
 import subprocess
 import sys
 import tokenize
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from io import StringIO
 from pathlib import Path
@@ -182,7 +182,7 @@ def page_of(notebook: dict[str, Any], at: Path, pages: dict[Path, Path]) -> dict
         elif source(cell).strip():
             text = relink(source(cell), at, pages)
             cells.append({"cell_type": cell["cell_type"], "metadata": {}, "source": text})
-            if n == 0 and module:
+            if n == 0 and has_names(module):
                 more = f"[its names, with their arguments](/{reference_place(module)})"
                 cells.append({"cell_type": "markdown", "metadata": {}, "source": f"{{.module-line}}\nModule `{module}`: {more}"})
     language = {"name": "python", "pygments_lexer": "ipython3"}
@@ -252,16 +252,26 @@ def arguments(node: Function, said: dict[int, str]) -> list[Argument]:
     return found
 
 
+def in_table(text: str) -> str:
+    "Markdown as a cell of a table holds it."
+    return text.replace("|", "\\|")
+
+
 def code_in_table(text: str) -> str:
-    "Code as a cell of a table holds it."
-    return f"`{text}`".replace("|", "\\|") if text else ""
+    return in_table(f"`{text}`") if text else ""
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    "A table of Markdown without the columns that are empty; nothing if there are no rows."
+    full = [i for i in range(len(head)) if any(row[i] for row in rows)]
+    lines = [f"| {' | '.join(row[i] for i in full)} |" for row in (head, len(head) * ["---"], *rows)]
+    return [*lines, ""] if rows else []
 
 
 def argument_table(found: list[Argument]) -> list[str]:
     "Arguments as a table; nothing if there are none."
-    rows = [[*map(code_in_table, (a.name, a.kind, a.default)), prose(a.meaning).replace("|", "\\|")] for a in found]
-    lines = [f"| {' | '.join(row)} |" for row in (["argument", "type", "default", "meaning"], 4 * ["---"], *rows)]
-    return [*lines, ""] if found else []
+    rows = [[*map(code_in_table, (a.name, a.kind, a.default)), in_table(prose(a.meaning))] for a in found]
+    return table(["argument", "type", "default", "meaning"], rows)
 
 
 def prose(text: str) -> str:
@@ -283,46 +293,154 @@ def signed(node: Function, said: dict[int, str], name: str = "") -> list[str]:
     return ["```{code-block} python", f"{name or node.name}({short}){gives}", "```", ""]
 
 
-def class_entry(node: ast.ClassDef, full: str, said: dict[int, str]) -> list[str]:
-    "A class: how it is made, its public methods, a line each, and what they take."
-    functions = [f for f in node.body if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef))]
-    made = next((f for f in functions if f.name == "__init__"), None)
-    bases = ", ".join(f"`{ast.unparse(base)}`" for base in node.bases)
-    lines = [f"## {node.name}", "", f"Class {{py:obj}}`{full}`{f', a {bases}' if bases else ''}.", "", *summary(node)]
+def functions_of(node: ast.ClassDef) -> list[Function]:
+    return [f for f in node.body if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
+
+def is_property(f: Function) -> bool:
+    return any("property" in ast.unparse(d) for d in f.decorator_list)
+
+
+def fields_of(node: ast.ClassDef, said: dict[int, str]) -> list[Argument]:
+    "What its instances have by name, as it is written down in the class."
     fields = [n for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
+    found = [Argument(ast.unparse(f.target), ast.unparse(f.annotation).strip("'"), ast.unparse(f.value) if f.value else "",
+                      said.get(f.end_lineno or 0, "")) for f in fields]  # fmt: skip
+    return [a for a in found if not a.name.startswith("_")]
+
+
+def class_entry(node: ast.ClassDef, full: str, said: dict[int, str], known: Mapping[str, Known]) -> list[str]:
+    "A class: how it is made, its public methods and what they take, and a line for each that it has from others."
+    functions, own = functions_of(node), fields_of(node, said)
+    made = next((f for f in functions if f.name == "__init__"), None)
+    places = dict(zip(node.bases, known[full].bases)) if full in known else {}
+    linked = {b: f"{{py:obj}}`~{at}`" for b, at in places.items() if at in known and not known[at].node.name.startswith("_")}
+    bases = ", ".join(linked.get(b, f"`{ast.unparse(b)}`") for b in node.bases)
+    lines = [f"## {node.name}", "", f"Class {{py:obj}}`{full}`{f', a {bases}' if bases else ''}.", "", *summary(node)]
     if made is not None:
         lines += [*signed(made, said, node.name), *argument_table(arguments(made, said))]
     elif any("dataclass" in ast.unparse(d) for d in node.decorator_list):
-        own = [Argument(ast.unparse(f.target), ast.unparse(f.annotation), ast.unparse(f.value) if f.value else "",
-                        said.get(f.end_lineno or 0, "")) for f in fields]  # fmt: skip
-        lines += argument_table([a for a in own if not a.name.startswith("_")])
+        lines += argument_table(own)
     for f in functions:
         if not f.name.startswith("_"):
             lines += [f"### {node.name}.{f.name}", "", *summary(f)]
-            if not any("property" in ast.unparse(d) for d in f.decorator_list):
+            if not is_property(f):
                 lines += [*signed(f, said), *argument_table(arguments(f, said))]
-    return lines
+    return lines + inherited(full, known)
 
 
-def reference_page(at: Path) -> str:
-    "What a module has for others: signatures, docstrings, and a table of the arguments' docments."
+# --- what a class has from those that it is made of
+
+@dataclass(frozen=True)
+class Known:
+    "A class of the package."
+    module: str
+    node: ast.ClassDef
+    said: dict[int, str]  # the comments of its cell
+    bases: tuple[str, ...]  # full names of those that are the package's own; what others are called
+
+
+def known_classes(modules: list[Path]) -> dict[str, Known]:
+    "Every class of the package by its full name, as the notebooks write it down."
+    found, imported = dict[str, Known](), dict[str, str]()  # a name as a module knows it -> where it is from
+    for at in modules:
+        cells = json.loads((ROOT / at).read_text(encoding="utf-8"))["cells"]
+        module = module_of(cells)
+        for code in (source(c) for c in cells if c["cell_type"] == "code" and "export" in directives(c)):
+            for node in ast.parse(code).body:
+                if isinstance(node, ast.ImportFrom):
+                    imported |= {f"{module}.{a.asname or a.name}": f"{node.module}.{a.name}" for a in node.names}
+                if isinstance(node, ast.ClassDef):
+                    bases = tuple(f"{module}.{ast.unparse(b).partition('[')[0]}" for b in node.bases)
+                    found[f"{module}.{node.name}"] = Known(module, node, comments(code), bases)
+
+    def traced(name: str) -> str:
+        return traced(imported[name]) if name in imported else name
+    return {full: replace(one, bases=tuple(map(traced, one.bases))) for full, one in found.items()}
+
+
+def lineage(full: str, known: Mapping[str, Known]) -> list[str]:
+    "The classes of the package that a class is made of, as Python looks names up in them: by classes that do nothing else."
+    made: dict[str, type] = {}
+
+    def stand_in(name: str) -> type:
+        if name not in made:
+            made[name] = type(name, tuple(stand_in(b) for b in known[name].bases if b in known) or (object,), {})
+        return made[name]
+    return [one.__name__ for one in stand_in(full).__mro__[1:-1]] if full in known else []
+
+
+def is_built_on(full: str, known: Mapping[str, Known]) -> bool:
+    "Is it there for another class of its module?"
+    module = known[full].module if full in known else ""
+    return any(full in one.bases for one in known.values() if one.module == module)
+
+
+def inherited(full: str, known: Mapping[str, Known]) -> list[str]:
+    "What a class has from others of the package, in a table; nothing for one on which its module goes on building."
+    rows = dict[str, list[str]]()
+    mine = {f.name for f in functions_of(known[full].node)} if full in known else set()
+    for name in lineage(full, known) if not is_built_on(full, known) else ():
+        one = known[name]
+        for f in functions_of(one.node):
+            page = f"{reference_place(one.module)}#{one.node.name}{f.name}".lower()
+            call = f"`{f.name}`" if is_property(f) else f"`{f.name}()`"
+            linked = call if one.node.name.startswith("_") else f"[{call}](/{page})"
+            rows.setdefault(f.name, [linked, in_table(" ".join(summary(f)).strip()), f"`{one.node.name}`"])
+        for a in fields_of(one.node, one.said):
+            rows.setdefault(a.name, [f"`{a.name}`", in_table(prose(a.meaning)) or code_in_table(a.kind), f"`{one.node.name}`"])
+    listed = [row for name, row in sorted(rows.items()) if not name.startswith("_") and name not in mine]
+    return ["From what it is made of, it has:", "", *table(["name", "what it is", "of"], listed)] if listed else []
+
+
+# --- a module's page
+
+def constants(code: str, module: str, said: dict[int, str]) -> list[list[str]]:
+    "Its constants: name, value, meaning."
+    named, rows = {name for kind, name in definitions(code, module) if kind == "data"}, []
+    for node in ast.parse(code).body:
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            value = ast.unparse(node.value)
+            short = code_in_table(value if len(value) <= 80 else value[:79] + "…")
+            meaning = in_table(prose(said.get(node.end_lineno or 0, "")))
+            rows += [[f"{{py:obj}}`~{module}.{t.id}`", short, meaning] for t in targets
+                     if isinstance(t, ast.Name) and f"{module}.{t.id}" in named]  # fmt: skip
+    return rows
+
+
+def entries(code: str, module: str, known: Mapping[str, Known]) -> Iterator[tuple[int, list[str]]]:
+    "Classes (0), functions (1) and what others are made of (2): what the page says of each in a cell."
+    public, said = {full for _, full in definitions(code, module)}, comments(code)
+    for node in ast.parse(code).body:
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            continue
+        if (full := f"{module}.{node.name}") not in public:
+            continue
+        if isinstance(node, ast.ClassDef):
+            yield 2 * is_built_on(full, known), class_entry(node, full, said, known)
+        else:
+            yield 1, [f"## {node.name}", "", f"Function {{py:obj}}`{full}`.", "", *summary(node), *signed(node, said),
+                      *argument_table(arguments(node, said))]  # fmt: skip
+
+
+def reference_page(at: Path, known: Mapping[str, Known]) -> str:
+    "What a module has for others: signatures, docstrings, the arguments' docments; last what others are made of."
     cells = json.loads((ROOT / at).read_text(encoding="utf-8"))["cells"]
     module, (title, about) = module_of(cells), title_of(at)
     about += "" if about.endswith((".", "!", "?")) else "."
+    codes = [source(c) for c in cells if c["cell_type"] == "code" and "export" in directives(c)]
+    found = [entry for code in codes for entry in entries(code, module, known)]
+    fixed = table(["constant", "value", "meaning"], [row for code in codes for row in constants(code, module, comments(code))])
+    classes, functions, parts = ([line for kind, lines in found if kind == wanted for line in lines] for wanted in range(3))
     lines = [f"# {module}", "", f"{about} The notebook [{title}](/{at}) grows it, with reasons and tests.", ""]
-    for code in (source(c) for c in cells if c["cell_type"] == "code" and "export" in directives(c)):
-        known, said = {full for _, full in definitions(code, module)}, comments(code)
-        for node in ast.parse(code).body:
-            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-                continue
-            if (full := f"{module}.{node.name}") not in known:
-                continue
-            if isinstance(node, ast.ClassDef):
-                lines += class_entry(node, full, said)
-            else:
-                lines += [f"## {node.name}", "", f"Function {{py:obj}}`{full}`.", "", *summary(node), *signed(node, said),
-                          *argument_table(arguments(node, said))]  # fmt: skip
-    return "\n".join(lines)
+    of_parts = ["## What these are made of", "", *parts] if parts else []
+    return "\n".join([*lines, *classes, *functions, *(["## Its constants", "", *fixed] if fixed else []), *of_parts])
+
+
+def has_names(module: str) -> bool:
+    "Is it a module that others take names from? A package's `__main__` is for the command line alone."
+    return bool(module) and not module.endswith("__main__")
 
 
 def reference_place(module: str) -> Path:
@@ -333,11 +451,11 @@ def reference_place(module: str) -> Path:
 def reference_pages(modules: list[Path]) -> dict[str, str]:
     "A page for each module, and one that lists them."
     made, lines = dict[str, str](), ["# Reference", "", "Every name that a module has for others, with what it takes.", ""]
-    places = list[Path]()
+    places, known = list[Path](), known_classes(modules)
     for at in modules:
-        if module := module_of(json.loads((ROOT / at).read_text(encoding="utf-8"))["cells"]):
+        if has_names(module := module_of(json.loads((ROOT / at).read_text(encoding="utf-8"))["cells"])):
             places.append(reference_place(module))
-            made[str(places[-1])] = reference_page(at)
+            made[str(places[-1])] = reference_page(at, known)
             lines += [f"[`{module}`](/{places[-1]})", f": {title_of(at)[1] or '…'}", ""]
     return made | {"reference/index.md": "\n".join(lines) + toctree(places)}
 
