@@ -1032,6 +1032,8 @@ def test_a_preview_is_what_a_run_does_and_touches_nothing(tmp_path):
         for schedule in made.values():
             schedule.advance()
     assert set(seen["momentum"]["bias"]) == {0.9} and seen["lr"]["bias"].dtype == np.float64
+    shown = repr(seen).splitlines()
+    assert len(shown) == 6 and shown[1].split() == ["lr", "bias", "0.06667", "→", f"{seen['lr']['bias'][-1]:.4g}", "10", "values"]
 
 
 def test_a_preview_by_epoch_and_one_without_a_length():

@@ -29,7 +29,7 @@ from .optimizers import keywords as keywords
 from .optimizers import refuse_closure, refuse_dense, small
 from .optimizers import register_optimizer as register_optimizer
 from .optimizers import torch_optimizers as torch_optimizers
-from .reprs import as_facts
+from .reprs import as_columns, as_facts
 from .schedule import OptionKnob, Schedule, place_of
 from .shapes import draw_schedules, path_of, unknown
 from .shapes import register_scheduler as register_scheduler  # people look for it here, too
@@ -41,7 +41,7 @@ __all__ = ['HOW', 'ARGUMENTS', 'DEFAULTS', 'fused_devices', 'can_fuse', 'has_ker
            'align_state', 'split_factory', 'listed', 'split_schedule', 'check_settings', 'check_rule', 'sketch',
            'unit_of', 'check_apart', 'check_schedules', 'check_share', 'OptimPlan', 'plain', 'has_path', 'told_apart',
            'WritablePlan', 'read_toml', 'read_table', 'StoredPlan', 'for_factory', 'adopt', 'reason', 'Maker', 'Sharer',
-           'Scheduling', 'planned_values', 'draw_plan', 'OptimBuilder', 'as_builder']
+           'Scheduling', 'Planned', 'planned_values', 'draw_plan', 'OptimBuilder', 'as_builder']
 
 # %% ../nbs/17_optim.ipynb #d74e3555
 def fused_devices() -> set[str]:
@@ -511,13 +511,22 @@ class Scheduling(Sharer):
         return found
 
 # %% ../nbs/17_optim.ipynb #6e921b32
+class Planned(dict[str, dict[str, np.ndarray]]):
+    "Option -> label of a group -> values; shown in a line each."
+
+    def __repr__(self) -> str:
+        rows = [(option, label, f"{line[0]:.4g} → {line[-1]:.4g}", f"{len(line)} values")
+                for option, lines in self.items() for label, line in lines.items()]  # fmt: skip
+        return as_columns(rows)
+
+
 def planned_values(
     schedules: Mapping[str, Any],  # by the option they move
     total: int | None,  # updates to look at; None: those of each schedule
     epochs: int | None,  # the same for schedules that go by epoch
-) -> dict[str, dict[str, np.ndarray]]:  # option -> label of a group -> values
+) -> Planned:
     "What schedules will write; ValueError for one whose length nobody said."
-    found = {}
+    found = Planned()
     for option, schedule in schedules.items():
         given, name = (epochs, "epochs") if schedule.by == "epoch" else (total, "total")
         n = schedule.total if given is None else given
@@ -570,7 +579,7 @@ class OptimBuilder(Scheduling):
         *,
         epochs: int | None = None,  # to look at, for schedules that go by epoch
         modules: Any = None,  # as for `build`
-    ) -> dict[str, dict[str, np.ndarray]]:  # option -> label of a group -> values
+    ) -> Planned:  # a dict: option -> label of a group -> values
         "The values that every scheduled option will have in each group, and their picture; nothing is touched."
         optimizer = self.build(params, modules)
         schedules = self.schedules_for(optimizer, total)
