@@ -616,7 +616,8 @@ class Kept(Placed):
         self.history = History(self.run / "history.jsonl" if self.run else None)
         self.monitor, self.mode = settings.monitor, "" if settings.mode == "auto" else settings.mode
         if self.monitor and not (self.mode or best_mode(self.monitor)):
-            raise ValueError(f"monitor={self.monitor!r}: is more of it better, or less? Say mode='max' or mode='min'")
+            raise ValueError(f"monitor={self.monitor!r}: is more of it better, or less? Say mode='max' or mode='min'"
+                             + settings.blame("trainkit", "monitor"))  # fmt: skip
         if self.run is not None:
             keep = None if settings.keep == "all" else int(settings.keep)
             self.checkpoints = Checkpoints(self.run / "checkpoints", keep, settings.keep_best, settings.keep_every)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Told', 'OPEN', 'MOST', 'KINDS', 'LARGE', 'FIT', 'COLOURS', 'SKIPPED', 'STYLE', 'POLICY', 'folder_of', 'Record',
-           'journal_of', 'record_of', 'ending_of', 'numbers_of', 'number', 'numbers_table', 'svg_of', 'drawn', 'images',
-           'curves', 'galleries', 'picture', 'strip', 'movie_of', 'moving', 'Event', 'asked', 'done', 'story', 'at',
-           'story_table', 'checkpoints_table', 'facts', 'made_with', 'top', 'faults', 'sections', 'document', 'Page',
-           'page']
+           'journal_of', 'snapshot_of', 'record_of', 'ending_of', 'numbers_of', 'number', 'numbers_table', 'svg_of',
+           'drawn', 'images', 'curves', 'galleries', 'picture', 'strip', 'movie_of', 'moving', 'Event', 'asked', 'done',
+           'story', 'at', 'story_table', 'checkpoints_table', 'facts', 'made_with', 'top', 'faults', 'sections',
+           'document', 'Page', 'page']
 
 # %% ../../nbs/59a_ui_page.ipynb #1c86d6bc
 import html
@@ -72,6 +72,15 @@ def journal_of(folder: Path) -> Sequence[Entry]:
     except FileNotFoundError: return ()
 
 # %% ../../nbs/59a_ui_page.ipynb #9c390c4c
+def snapshot_of(
+    run: Run,
+) -> Snapshot:
+    "What its history holds; nothing where none of it can be read, and a warning that says so."
+    try: return run.history.snapshot()
+    except (OSError, ValueError) as error: warnings.warn(str(error), stacklevel=2)
+    return History().snapshot()
+
+
 def record_of(
     folder: Path,  # a run's
 ) -> Record:
@@ -79,7 +88,7 @@ def record_of(
     run, found = read_run(folder, folder.resolve().name), folder / "checkpoints"
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        snapshot, entries, effort = run.history.snapshot(), journal_of(folder), efforts(run)
+        snapshot, entries, effort = snapshot_of(run), journal_of(folder), efforts(run)
         saved = Checkpoints(found).list() if found.is_dir() else []
     faults = [run.fault] * bool(run.fault) + [str(w.message).replace(f"{folder}/", "") for w in said]
     return Record(run, snapshot, read_status(folder), entries, saved, effort.get("seconds"), [*dict.fromkeys(faults)])
