@@ -15,7 +15,7 @@ from trainkit.learner import Learner
 PAGE = (Path(__file__).resolve().parent.parent / "docs/events.md").read_text(encoding="utf-8")
 ROWS = {cells[0].strip("` "): [cell.strip() for cell in cells[1:]]
         for cells in re.findall(r"^\|" + 5 * r"([^|\n]*)\|" + "$", PAGE, re.M) if cells[0].strip("` ") in EVENTS}  # fmt: skip
-ABSENT = ("player", "batch", "pred", "loss")  # where the table doesn't name them
+ABSENT = ("player", "batch", "pred", "targets", "loss")  # where the table doesn't name them
 X = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
 
 

@@ -112,7 +112,7 @@ class Walk(Observing):
     def _walk(self, what: str, loader: Iterable[Any], step: Callable[[Any], Any], done: Callable[[Any], None]) -> None:
         empty = True
         for batch in loader:
-            empty, self.pred = False, None
+            empty, self.pred, self.targets = False, None, ()
             self.batch = to_device(batch, self.device, channels_last=self.channels_last)
             self.emit(f"before_{what}_batch")
             with self.precision.autocast():
@@ -256,9 +256,13 @@ class Predict(Measure):
             raise TypeError(f"predict takes one loader at a time; received {describe(dl)}")
         ((self.loader, loader),) = loaders.items()
 
+        def predicted(batch: Any) -> Any:
+            self.pred = self.predict_step(batch)
+            return self.pred
+
         def keep(pred: Any) -> None:
             outputs.append(to_device(pred, torch.device("cpu")))
 
         with self.observing("predicting"):
-            finished = self._scope("predict", lambda: self._walk("predict", loader, self.predict_step, keep), CancelValidate)
+            finished = self._scope("predict", lambda: self._walk("predict", loader, predicted, keep), CancelValidate)
         return self.predict_epoch_end(outputs) if finished else None
