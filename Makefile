@@ -1,9 +1,10 @@
 # make demo   train the quickstart and watch it in the terminal; leaves report/
 # make lab    the same, live, in JupyterLab
-# make test   everything CI checks (Debian or Ubuntu)
+# make test   CI's checks (Debian or Ubuntu); CI downloads more, to try the wheel with other Pythons, too: WHEEL=--cuda
 # make docs   the site, from the notebooks as they are stored: build/docs/site/index.html
 # make wheel  build the package, and use it in an empty environment: WHEEL=--cuda with other Pythons, too; see tools/wheel.py
-# make bench  measure trainkit beside loops by hand and other toolkits; tables in benchmarks/results/ (minutes)
+# make bench  measure everything, beside loops by hand and other toolkits; tables in benchmarks/results/ (hours, on a quiet
+#             machine); some of it: BENCHMARKS="loop gan"
 # make export trainkit/ and README.md from the notebooks
 # make clean  remove what the others made, the environment included
 
@@ -138,8 +139,10 @@ test-trackers: $(STAMP)
 	$(call headline,writers with the real trackers)
 	@$(BIN)/python tools/trackers.py
 
-# not part of `make test` either: the peers go into an environment of their own, on top of this one
-BENCHMARKS ?= loop optim gan imports checkpoints growth loaders syncs bytes view scale
+# not part of `make test` either: the peers go into an environment of their own, on top of this one. The long ones (view,
+# live, doctor, faults: most of the time) are last; live and faults keep what each of their parts has found. Live is run in this
+# environment, where JupyterLab finds its widgets
+BENCHMARKS ?= loop optim gan imports checkpoints growth loaders syncs bytes data_seeds scale view pump live doctor faults
 PEERS := $(VENV)-bench/.installed
 
 $(PEERS): $(STAMP) benchmarks/constraints.txt
@@ -152,10 +155,13 @@ $(PEERS): $(STAMP) benchmarks/constraints.txt
 	@touch $@
 
 bench: export OMP_NUM_THREADS := 1
-bench: $(PEERS)
+bench: chromium $(PEERS)
 	$(call headline,benchmarks)
-	@for name in $(BENCHMARKS); do $(VENV)-bench/bin/python -m benchmarks.$$name || exit 1; done
+	@for name in $(BENCHMARKS); do \
+		[ $$name = live ] && python=$(BIN)/python || python=$(VENV)-bench/bin/python; \
+		$$python -m benchmarks.$$name || exit 1; done
 
 browser: chromium $(STAMP)
 	$(call headline,tests in a browser)
-	@$(BIN)/python -m pytest -m 'not slow and not cuda' tests/browser
+	@$(BIN)/python -m pytest -m 'not slow and not cuda' tests/browser \
+		$$([ -x $(VENV)-docs/bin/python ] || echo --ignore tests/browser/test_site.py)

@@ -5,6 +5,12 @@ A program `benchmarks/NAME.py` has `measure(tiny) -> list[Table]` and is run fro
     python -m benchmarks.NAME            writes benchmarks/results/NAME.md
     python -m benchmarks.NAME --print    shows it only
     python -m benchmarks.NAME --tiny     a few steps, shown only: does it run?
+
+One that takes long has `PARTS`, each measured by itself; what they found is kept in benchmarks/results/NAME.json, from which
+the page is written, with the day and the machine of each:
+
+    python -m benchmarks.NAME PART …     measures these parts anew, and writes the page
+    python -m benchmarks.NAME --again    measures nothing, and writes the page from what was kept
 """
 from __future__ import annotations
 
@@ -13,6 +19,7 @@ import contextlib
 import gc
 import importlib.metadata
 import io
+import json
 import logging
 import os
 import platform
@@ -20,7 +27,8 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +40,7 @@ ABSENT = "not installed"
 Work = Callable[[], Any]  # what is measured
 Maker = Callable[[], Work]  # prepares it, unmeasured
 Cell = str | float | int | None
+Part = Callable[[bool], list["Table"]]  # measures, in the tiny form if told so
 
 
 @dataclass
@@ -130,12 +139,13 @@ def processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def machine() -> str:
-    "What it was measured on."
+def machine(*more: str) -> str:
+    "What it was measured on, with the versions of more packages."
     load = f"; load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return (f"Python {platform.python_version()}, torch {torch.__version__}, numpy {version('numpy')}, {os.cpu_count()} cores "
-            f"({processor()}){gpu}, {torch.get_num_threads()} thread of torch's{load}.")
+    others = "".join(f", {package} {version(package)}" for package in more)
+    return (f"Python {platform.python_version()}, torch {torch.__version__}, numpy {version('numpy')}{others}, {os.cpu_count()} "
+            f"cores ({processor()}){gpu}, {torch.get_num_threads()} thread of torch's{load}.")
 
 
 def report(name: str, tables: list[Table], about: str) -> str:
@@ -143,6 +153,68 @@ def report(name: str, tables: list[Table], about: str) -> str:
     head, *rest = about.strip().split("\n\n")
     prose = [" ".join(part.split()) for part in rest if not part.startswith("    ")]
     return "\n\n".join([f"# {head}", *prose, f"Written by `python -m benchmarks.{name}`. {machine()}", *map(str, tables)]) + "\n"
+
+
+# --- programs in parts
+
+
+def kept(name: str) -> dict[str, dict[str, Any]]:
+    "What a program has kept, by its parts."
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def keep(name: str, part: str, **found: Any) -> dict[str, dict[str, Any]]:
+    "Keep what a part has found, with the day; returns what is kept of all of them."
+    every = kept(name) | {part: {"made": f"{date.today()}", **found}}
+    RESULTS.mkdir(exist_ok=True)
+    text = json.dumps(every, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    (RESULTS / f"{name}.json").write_text(text, encoding="utf-8")
+    return every
+
+
+def page(
+    name: str,
+    parts: Mapping[str, Any],  # in their order
+    found: Mapping[str, Mapping[str, Any]],  # as `kept` gives it
+    about: str,
+    computed: list[Table] | None = None,  # tables that nothing is measured for
+) -> str:
+    "The page of a program in parts: of each its tables, the day and the machine."
+    head, *rest = about.strip().split("\n\n")
+    lines = [f"# {head}", *(" ".join(text.split()) for text in rest if not text.startswith("    ")),
+             f"Written by `python -m benchmarks.{name}`."]  # fmt: skip
+    for part in parts:
+        said = found.get(part, {"tables": [], "made": "not yet", "machine": ""})
+        lines += [str(Table(**table)) for table in said["tables"]]
+        lines.append(f"Measured ({part}): {said['made']}. {said['machine']}".rstrip())
+    return "\n\n".join([*lines, *map(str, computed or ())]) + "\n"
+
+
+def main_in_parts(
+    name: str,
+    parts: Mapping[str, Part],
+    about: str,
+    computed: list[Table] | None = None,  # as for `page`
+    packages: tuple[str, ...] = (),  # others whose versions matter
+) -> None:
+    "Measure the parts that are named, or all; keep what each has found, and write the page."
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)}; all of them if there is none")
+    parser.add_argument("--again", action="store_true", help="measure nothing, write the page from what was kept")
+    parser.add_argument("--print", action="store_true", help="show the tables only")
+    parser.add_argument("--tiny", action="store_true", help="a few steps, shown only")
+    given = parser.parse_args()
+    if strange := {*given.parts} - {*parts}:
+        parser.error(f"no part is called {', '.join(sorted(strange))}; there are: {', '.join(parts)}")
+    torch.set_num_threads(1)
+    for part in () if given.again else given.parts or parts:
+        tables = parts[part](given.tiny)
+        print(*tables, machine(*packages), sep="\n\n", flush=True)
+        if not (given.tiny or given.print):
+            keep(name, part, tables=[asdict(table) for table in tables], machine=machine(*packages))
+    if not (given.tiny or given.print):
+        (RESULTS / f"{name}.md").write_text(page(name, parts, kept(name), about, computed), encoding="utf-8")
 
 
 def main(name: str, measure: Callable[[bool], list[Table]], about: str) -> None:

@@ -1,14 +1,12 @@
-"""What seeds for samples cost: CPU time of a batch, with and without, and of coming to stand in the middle of an epoch.
+"""What seeds for samples cost
 
-    OMP_NUM_THREADS=1 python benchmarks/data_seeds.py
+    python -m benchmarks.data_seeds
 
-CPU time of this process (and, where it says so, of the workers, user and system), one thread; the least of several runs.
+CPU time of a batch, with and without seeds, and of coming to stand in the middle of an epoch. CPU time of this process (and,
+where it says so, of the workers, user and system), one thread; the least of several runs.
 """
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 import resource
 import time
 from collections.abc import Callable
@@ -18,21 +16,23 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from benchmarks import common
+from benchmarks.common import Table
 from trainkit.data import BatchStream
 from trainkit.randomness import RandomState
 from trainkit.seeds import SeededStream, seed_sample
 
-N, BATCH = 6400, 64
+BATCH, PER_EPOCH = 64, 100
 
 
 class Noise(Dataset):
     "About the cheapest random transform there is: a few numbers and as many random ones."
 
-    def __init__(self) -> None:
-        self.x = torch.randn(N, 16)
+    def __init__(self, n: int) -> None:
+        self.x = torch.randn(n, 16)
 
     def __len__(self) -> int:
-        return N
+        return len(self.x)
 
     def __getitem__(self, i: int) -> torch.Tensor:
         return self.x[i] + torch.randn(16)
@@ -41,11 +41,11 @@ class Noise(Dataset):
 class Pictures(Dataset):
     "Crop, flip and noise on a small picture, in torch."
 
-    def __init__(self) -> None:
-        self.x = torch.randn(N, 3, 40, 40)
+    def __init__(self, n: int) -> None:
+        self.x = torch.randn(n, 3, 40, 40)
 
     def __len__(self) -> int:
-        return N
+        return len(self.x)
 
     def __getitem__(self, i: int) -> torch.Tensor:
         top, left, flip = torch.randint(9, (3,)).tolist()
@@ -58,7 +58,7 @@ def children() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def cpu(work: Callable[[], Any], runs: int = 7) -> tuple[float, float]:
+def cpu(work: Callable[[], Any], runs: int) -> tuple[float, float]:
     "Least CPU time in seconds: of this process, and of it and the children that ended in it."
     own, all_ = [], []
     for _ in range(runs):
@@ -76,16 +76,16 @@ def epoch(cls: type[BatchStream], loader: DataLoader) -> None:
     stream.close()
 
 
-def batches() -> None:
-    print(f"\nCPU time of a batch of {BATCH}, in microseconds (bare -> seeded)")
-    rows = [("arrays", TensorDataset(torch.randn(N, 16)), 0), ("noise", Noise(), 0), ("pictures", Pictures(), 0),
-            ("noise", Noise(), 2), ("pictures", Pictures(), 2)]  # fmt: skip
-    for name, data, workers in rows:
+def batches(n: int, runs: int) -> Table:
+    head = "samples", "workers", "bare", "seeded", "bare, with workers", "seeded, with workers"
+    table, noise, pictures = Table(f"A batch of {BATCH}, µs", head), Noise(BATCH * n), Pictures(BATCH * n)
+    arrays = TensorDataset(torch.randn(BATCH * n, 16))
+    for name, data, workers in (("arrays", arrays, 0), ("noise", noise, 0), ("pictures", pictures, 0), ("noise", noise, 2),
+                                ("pictures", pictures, 2)):  # fmt: skip
         loader = DataLoader(data, BATCH, shuffle=True, num_workers=workers)
-        (bare, bare_all), (ours, ours_all) = (cpu(partial(epoch, cls, loader)) for cls in (BatchStream, SeededStream))
-        us = 1e6 * BATCH / N
-        print(f"  {name:9} {workers} workers  this process {bare * us:6.0f} -> {ours * us:6.0f}"
-              + f"   with workers {bare_all * us:6.0f} -> {ours_all * us:6.0f}" * bool(workers))
+        bare, ours = ([1e6 * t / n for t in cpu(partial(epoch, cls, loader), runs)] for cls in (BatchStream, SeededStream))
+        table.rows.append((name, workers, bare[0], ours[0], *((bare[1], ours[1]) if workers else (None, None))))
+    return table
 
 
 def again(stream: BatchStream) -> None:
@@ -93,28 +93,31 @@ def again(stream: BatchStream) -> None:
     stream.fast_forward()
 
 
-def places() -> None:
-    print("\nCPU time to stand at batch 90 of 100 again, in milliseconds (bare -> seeded)")
-    for name, data in ("noise", Noise()), ("pictures", Pictures()):
+def places(n: int, runs: int) -> Table:
+    at = 9 * n // 10
+    table = Table(f"To stand at batch {at} of {n} again, ms", ("samples", "bare", "seeded"))
+    for name, data in ("noise", Noise(BATCH * n)), ("pictures", Pictures(BATCH * n)):
         found = []
         for cls in BatchStream, SeededStream:
             stream = cls(DataLoader(data, BATCH, shuffle=True))
-            for _ in range(90):
+            for _ in range(at):
                 stream.next_batch()
-            found.append(cpu(partial(again, stream))[0] * 1e3)
-        print(f"  {name:9} {found[0]:7.2f} -> {found[1]:5.2f}")
+            found.append(cpu(partial(again, stream), runs)[0] * 1e3)
+        table.rows.append((name, *found))
+    return table
 
 
-def parts() -> None:
-    print("\nParts, in microseconds")
-    state = RandomState(3)
+def details(n: int, runs: int) -> Table:
+    state, table = RandomState(3), Table("In it, µs", ("what", "each"))
 
     def wear() -> None:
         with state.wear():
             pass
-    seeding = ("seeding for one sample", partial(seed_sample, 2**63), 20_000)
-    for name, work, n in seeding, ("one fit's own random state", wear, 500):
-        print(f"  {name:28} {cpu(partial(repeated, work, n))[0] / n * 1e6:7.1f}")
+
+    seeding = partial(seed_sample, 2**63)
+    for name, work, times in ("seeding for one sample", seeding, 200 * n), ("a fit's random state", wear, 5 * n):
+        table.rows.append((name, cpu(partial(repeated, work, times), runs)[0] / times * 1e6))
+    return table
 
 
 def repeated(work: Callable[[], Any], n: int) -> None:
@@ -122,7 +125,10 @@ def repeated(work: Callable[[], Any], n: int) -> None:
         work()
 
 
+def measure(tiny: bool = False) -> list[Table]:
+    n, runs = (10, 1) if tiny else (PER_EPOCH, 7)
+    return [batches(n, runs), places(n, runs), details(n, runs)]
+
+
 if __name__ == "__main__":
-    batches()
-    places()
-    parts()
+    common.main("data_seeds", measure, __doc__)

@@ -1,9 +1,9 @@
 """How often the GAN doctor is right about runs that did not calibrate it: other data, networks and seeds.
 
-    OMP_NUM_THREADS=1 python benchmarks/doctor.py                      writes benchmarks/results/doctor.md
-    OMP_NUM_THREADS=1 python benchmarks/doctor.py --seeds 200 201      other seeds
-    OMP_NUM_THREADS=1 python benchmarks/doctor.py --print --only moons shows some runs only
-    OMP_NUM_THREADS=1 python benchmarks/doctor.py --keep found.jsonl   goes on where it was interrupted
+    python -m benchmarks.doctor                      writes benchmarks/results/doctor.md
+    python -m benchmarks.doctor --seeds 202 203      other seeds
+    python -m benchmarks.doctor --print --only moons shows some runs only
+    python -m benchmarks.doctor --keep found.jsonl   goes on where it was interrupted
 
 Whether a run is healthy is not the doctor's word: `off` is the energy distance between a thousand fakes and a thousand
 samples that nobody trained on, as a share of twice the mean distance between them: 0 for the same distribution, 1 for two
@@ -303,4 +303,5 @@ if __name__ == "__main__":
     print(text)
     if not args.print:
         RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(f"# The GAN doctor on runs that it doesn't know\n\nWritten by `benchmarks/doctor.py`.\n\n{text}")
+        head = "# The GAN doctor on runs that it doesn't know\n\nWritten by `python -m benchmarks.doctor`."
+        RESULTS.write_text(f"{head}\n\n{text}")

@@ -1,10 +1,12 @@
-"""What live control costs, and how long a click takes, in a real JupyterLab that a real browser looks at.
+"""Live control
 
-    OMP_NUM_THREADS=1 python benchmarks/live.py            writes benchmarks/results/live.md
-    OMP_NUM_THREADS=1 python benchmarks/live.py --print    shows it only
+    python -m benchmarks.live            all parts: clicks, sliders, dashboard, long, many
+    python -m benchmarks.live sliders    this one anew
 
-A GAN on digits trains in one thread. The page notes when it sees a click, the journal when it has been applied; both read
-the same clock. Rates are in CPU time too, as the browser and the server run on the same machine.
+What it costs, and how long a click takes, in a real JupyterLab that a real browser looks at. A GAN on digits trains in one
+thread. The page notes when it sees a click, the journal when it has been applied; both read the same clock. Rates are in CPU time
+too, as kernel, server and browser share the cores. `load` is the machine's average number of busy processes over the last
+minute: above the number of cores, everything waits. Each figure is of a single run.
 """
 from __future__ import annotations
 
@@ -13,7 +15,6 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import itertools
 import json
-import platform
 import re
 import statistics
 import sys
@@ -28,13 +29,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from playwright.sync_api import expect, sync_playwright  # noqa: E402
 
+from benchmarks import common  # noqa: E402
+from benchmarks.common import Table  # noqa: E402
 from tests.browser.conftest import CHROMIUM, FLAGS, Lab, serving  # noqa: E402
 from tests.browser.labpage import LabPage  # noqa: E402
 from tests.browser.test_live import CLICKS, MAKE, Shown  # noqa: E402
 
-RESULTS = Path(__file__).resolve().parent / "results" / "live.md"
-SECONDS = int(os.environ.get("LONG_RUN", 180))  # of the long run
-REFRESHES = int(os.environ.get("REFRESHES", 100_000))  # of that without a browser
+SECONDS = 180  # of the long run
+REFRESHES = 100_000  # of that without a browser
 PATIENT = """
 nap.update(after_batch=0)
 import os, threading
@@ -71,9 +73,9 @@ pair = {"dashboard": again({}), "none": again({"front": "none"})}
 for _ in range(3):
     for name, learn in pair.items():
         seen.clear()
-        learn.fit(steps=9000, schedule="stretch")
-        first, last = seen[1000], seen[-1]  # what is made once, at the beginning, is left out
-        costs[name].append([(b - a) / (len(seen) - 1001) for a, b in zip(first, last)])
+        learn.fit(steps=STEPS, schedule="stretch")
+        first, last = seen[STEPS // 9], seen[-1]  # what is made once, at the beginning, is left out
+        costs[name].append([(b - a) / (len(seen) - 1 - STEPS // 9) for a, b in zip(first, last)])
 open("costs.json", "w").write(json.dumps(costs))
 """
 WHICH = """
@@ -123,6 +125,7 @@ fast, most_words = [False], [10**9]
 gan.remove(On)
 gan.add(On("after_batch", lambda learn: (time.sleep(0.01), hurried(learn))))
 """
+GROWS = "refreshes", "pictures", "IOPub messages per refresh", "resident MB", "comms", "widgets", "steps"
 LONG_FIT = ("fast[0] = FAST\nrows.clear()\ngan.fit(steps=10**7, schedule='stretch')\n"
             "open('rows.json', 'w').write(json.dumps(rows))")  # fmt: skip
 
@@ -149,14 +152,14 @@ def stop(notebook: LabPage, shown: Shown, index: int) -> None:
     notebook.wait_done(index)
 
 
-def clicks(lab: Lab, page: Any, background: bool) -> str:
-    "A row: how long sixty clicks took."
+def clicked(lab: Lab, page: Any, background: bool, rounds: int) -> tuple:
+    "A row: how long clicks took, five a round and one at the end."
     how = "background" if background else "foreground"
     notebook = opened(lab, page, f"clicks-{how}", f"gan.fit(steps=10**6, background={background})", CLICKED)
     notebook.run(1, wait=None)
     shown = Shown(page, notebook.output(1))
     shown.runs()
-    for _ in range(12):
+    for _ in range(rounds):
         shown.press("Pause", "pause", shows="Resume")
         shown.press("One step", "step")
         shown.press("Validate", "validate")
@@ -169,10 +172,10 @@ def clicks(lab: Lab, page: Any, background: bool) -> str:
     notebook.run(2)
     rows, step = answer(notebook, 2)
     heard, asked = [what for what, _ in rows], [what for what, _ in shown.clicked]
-    assert heard == asked and len(pressed) == 61, (heard, asked, pressed)
+    assert heard == asked and len(pressed) == 5 * rounds + 1, (heard, asked, pressed)
     late = sorted(1000 * applied - at for (_, at), (_, applied) in zip(pressed, rows))
     p95, most = late[int(0.95 * len(late))], late[-1]
-    return f"| {how} | {statistics.median(late):.0f} | {p95:.0f} | {most:.0f} | {1000 * step:.1f} | 61 |"
+    return how, f"{statistics.median(late):.0f}", f"{p95:.0f}", f"{most:.0f}", f"{1000 * step:.1f}", len(late)
 
 
 def drag(page: Any, row: Any, milliseconds: float) -> None:
@@ -188,7 +191,7 @@ def drag(page: Any, row: Any, milliseconds: float) -> None:
             return page.mouse.up()
 
 
-def dragged(lab: Lab, page: Any, background: bool, rounds: int = 12, milliseconds: int = 2500) -> str:
+def dragged(lab: Lab, page: Any, background: bool, rounds: int, milliseconds: int = 2500) -> list[tuple]:
     "Steps while a slider is dragged, while another one is that tells nobody, and while nothing is touched, in turns."
     how = "background" if background else "foreground"
     notebook = opened(lab, page, f"dragged-{how}", WHICH + f"\ngan.fit(steps=10**6, background={background})",
@@ -211,9 +214,8 @@ def dragged(lab: Lab, page: Any, background: bool, rounds: int = 12, millisecond
     notebook.wait_idle()
     notebook.run(2)
     seen = json.loads((lab.folder / "seen.json").read_text())
-    unheard = row_of(f"a page, {how}: one that tells nobody, beside none", windows, seen, False, None)
-    load = f" {os.getloadavg()[0]:.1f} |\n"
-    return unheard + load + row_of(f"a page, {how}: one that is heard, beside one that tells nobody", windows, seen, True, False)
+    return [row_of(f"a page, {how}: one that tells nobody, beside none", windows, seen, False, None),
+            row_of(f"a page, {how}: one that is heard, beside one that tells nobody", windows, seen, True, False)]  # fmt: skip
 
 
 def window_of(seen: list[Any], begin: float, end: float) -> tuple[float, float, float]:
@@ -224,17 +226,17 @@ def window_of(seen: list[Any], begin: float, end: float) -> tuple[float, float, 
     return (len(rows) - 1) / had, 100 * heed / had, 100 * (process - cpu) / had
 
 
-def row_of(name: str, windows: list[tuple[bool | None, float, float]], seen: list[Any], one: Any, other: Any) -> str:
+def row_of(name: str, windows: list[tuple[bool | None, float, float]], seen: list[Any], one: Any, other: Any) -> tuple:
     "Windows of two kinds, compared in the order in which they came."
     kinds = {kind: [window_of(seen, a, b) for which, a, b in windows if which is kind] for kind in (one, other)}
     slower = [100 * (without[0] / with_it[0] - 1) for with_it, without in zip(kinds[one], kinds[other])]
     low, middle, high = statistics.quantiles(slower, n=4)
     dragged, left = ([statistics.median(column) for column in zip(*kinds[kind])] for kind in (one, other))
-    return (f"| {name} | {dragged[0]:.0f} | {left[0]:.0f} | {middle:.1f} % ({low:.1f} to {high:.1f}, {len(slower)} pairs) | "
-            f"{dragged[1]:.1f} % and {left[1]:.1f} % | {dragged[2]:.1f} % and {left[2]:.1f} % |")  # fmt: skip
+    return (name, f"{dragged[0]:.0f}", f"{left[0]:.0f}", f"{middle:.1f} % ({low:.1f} to {high:.1f}, {len(slower)} pairs)",
+            f"{dragged[1]:.1f} % and {left[1]:.1f} %", f"{dragged[2]:.1f} % and {left[2]:.1f} %")  # fmt: skip
 
 
-def dragged_alone(pairs: int = 24, seconds: float = 2.0) -> str:
+def dragged_alone(pairs: int, seconds: float = 2.0) -> tuple:
     "The same messages from a client that draws nothing: the next one when the last one is answered, 60 a second at most."
     from jupyter_client.manager import start_new_kernel
 
@@ -284,21 +286,22 @@ def wait_idle(client: Any, asked: str) -> None:
             return
 
 
-def beside_none() -> str:
+def beside_none(steps: int) -> tuple:
     "Steps with the dashboard, and with front='none', in turns in one kernel; no browser takes the other core."
-    costs = in_kernel([MAKE.replace("NAME", "pairs") + PATIENT, PAIRS], "costs.json")[0]
+    pairs = f"STEPS = {steps}\n{PAIRS}"
+    costs = in_kernel([MAKE.replace("NAME", "pairs") + PATIENT, pairs], "costs.json")[0]
     wall, thread, process = ([statistics.median(row[i] for row in costs[name]) for name in costs] for i in range(3))
-    return (f"| the dashboard, or none | {1 / wall[0]:.0f} | {1 / wall[1]:.0f} | {100 * (wall[0] / wall[1] - 1):+.1f} % | "
-            f"{100 * (thread[0] / thread[1] - 1):+.1f} % (the thread that trains), "
-            f"{100 * (process[0] / process[1] - 1):+.1f} % (all threads) |")  # fmt: skip
+    more = [f"{100 * (with_it / without - 1):+.1f} %" for with_it, without in (wall, thread, process)]
+    spent = f"{more[1]} (the thread that trains), {more[2]} (all threads)"
+    return "the dashboard, or none", f"{1 / wall[0]:.0f}", f"{1 / wall[1]:.0f}", more[0], spent
 
 
-def long_run(lab: Lab, page: Any) -> list[str]:
+def long_run(lab: Lab, page: Any, most: int) -> Table:
     "A normal half minute, then as many refreshes as fit: what grows?"
     notebook = opened(lab, page, "long", LONG, LONG_FIT.replace("FAST", "False"), LONG_FIT.replace("FAST", "True"))
     notebook.run(1)
     file, sizes, rows = lab.folder / "long.ipynb", list[int](), list[Any]()
-    for index, seconds, parts in (2, 30, 1), (3, SECONDS, 3):
+    for index, seconds, parts in (2, min(30, most), 1), (3, most, 3):
         notebook.run(index, wait=None)
         shown = Shown(page, notebook.output(index))
         shown.runs()
@@ -311,16 +314,20 @@ def long_run(lab: Lab, page: Any) -> list[str]:
         rows.append(json.loads((lab.folder / "rows.json").read_text()))
     normal, fast = rows
     a, b = normal[2], normal[-1]
-    lines = [f"At its usual pace the dashboard sends {(b[3] - a[3]) / (b[0] - a[0]):.0f} IOPub messages a second.", "",
-             "| | refreshes | pictures | IOPub messages per refresh | resident MB | comms | widgets | steps | notebook KB |",
-             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    table = Table("A long run, compressed", ("", *GROWS, "notebook KB"), notes=[
+        f"The display is brought up to date without any pause for {most} s. At its usual pace the dashboard sends "
+        f"{(b[3] - a[3]) / (b[0] - a[0]):.0f} IOPub messages a second."])  # fmt: skip
     for i, (name, place) in enumerate((("start", 0.1), ("middle", 0.5), ("end", 0.95))):
         k = max(1, int(place * len(fast)))
         row, before = fast[k], fast[max(0, k - max(1, len(fast) // 10))]
-        each = (row[3] - before[3]) / max(1, row[1] - before[1])
-        lines.append(f"| {name} | {row[1]} | {row[2]} | {each:.2f} | {row[4] / 1e6:.0f} | {row[5]} | {row[6]} | {row[7]} | "
-                     f"{sizes[1 + i] / 1000:.0f} |")  # fmt: skip
-    return lines
+        table.rows.append((name, *grown(row, before), f"{sizes[1 + i] / 1000:.0f}"))
+    return table
+
+
+def grown(row: Any, before: Any) -> tuple:
+    "What has grown, or not."
+    each = (row[3] - before[3]) / max(1, row[1] - before[1])
+    return row[1], row[2], f"{each:.2f}", f"{row[4] / 1e6:.0f}", *row[5:8]
 
 
 def in_kernel(sources: list[str], result: str) -> tuple[Any, list[int]]:
@@ -344,71 +351,74 @@ def in_kernel(sources: list[str], result: str) -> tuple[Any, list[int]]:
             manager.shutdown_kernel(now=True)
 
 
-def many(refreshes: int) -> list[str]:
+def without_browser(refreshes: int) -> Table:
     "As many refreshes as in hours: what grows?"
     fit = LONG_FIT.replace("FAST", "True").replace("gan.fit", f"most_words[0] = {refreshes}\ngan.fit")
     cells = MAKE.replace("NAME", "many") + PATIENT, LONG.replace("sleep(0.01)", "sleep(0.05)"), fit
     rows, sizes = in_kernel([*cells], "rows.json")
-    lines = [f"The same without a browser, until the display has been brought up to date {rows[-1][1]} times: {sizes[0]} "
-             f"messages, {sizes[1] / sizes[0] / 1000:.1f} KB each.", "",
-             "| refreshes | pictures | IOPub messages per refresh | resident MB | comms | widgets | steps |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    table = Table("The same without a browser", GROWS, notes=[
+        f"Until the display has been brought up to date {rows[-1][1]} times: {sizes[0]} messages, "
+        f"{sizes[1] / sizes[0] / 1000:.1f} KB each."])  # fmt: skip
     for share in (0.01, 0.1, 0.25, 0.5, 0.75, 1.0):
         k = next(i for i, row in enumerate(rows) if row[1] >= share * rows[-1][1])
-        row, before = rows[k], rows[max(0, k - 5)]
-        each = (row[3] - before[3]) / max(1, row[1] - before[1])
-        lines.append(f"| {row[1]} | {row[2]} | {each:.2f} | {row[4] / 1e6:.0f} | {row[5]} | {row[6]} | {row[7]} |")
-    return lines
+        table.rows.append(grown(rows[k], rows[max(0, k - 5)]))
+    return table
 
 
-def measured(part: Any, *args: Any) -> Any:
-    "What a part finds, in a browser context of its own; and the load of the machine meanwhile."
+def in_page(part: Any, *args: Any) -> Any:
+    "What a part finds, in a browser context of its own."
     with tempfile.TemporaryDirectory() as home, serving(Path(home)) as lab, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = browser.new_context(viewport={"width": 1200, "height": 1500}).new_page()
         found = part(lab, page, *args)
         browser.close()
-    load = f"{os.getloadavg()[0]:.1f}"
-    return [*found, "", f"Load {load}."] if isinstance(found, list) else f"{found} {load} |"
+    return found
 
 
-def main() -> None:
-    import ipykernel
-    import jupyterlab
+def loaded(row: tuple) -> tuple:
+    "A row with the load of the machine, now that it has been measured."
+    return *row, f"{os.getloadavg()[0]:.1f}"
 
-    parts = set(sys.argv[1:]) & {"clicks", "speed", "long"} or {"clicks", "speed", "long"}
-    lines = ["# Live control", "", "Written by `benchmarks/live.py`.", "",
-             f"JupyterLab {jupyterlab.__version__}, ipykernel {ipykernel.__version__}, Python {platform.python_version()}, "
-             f"{os.cpu_count()} cores, which kernel, server and browser share; torch uses one thread. `load` is the machine's "
-             "average number of busy processes over the last minute: above the number of cores, everything waits."]  # fmt: skip
-    if "clicks" in parts:
-        lines += ["", "## From the click in the page to the entry in the journal", "",
-                  "| fit | median ms | 95 % | most | a step, median ms | of | load |", "|---|---|---|---|---|---|---|"]
-        lines += [measured(clicks, background) for background in (False, True)]
-    if "speed" in parts:
-        lines += ["", "## A slider that is dragged", "",
-                  "Windows in turns, of 2.5 seconds each. A page that draws a slider under a hand takes the same two cores as "
-                  "the training: so much as one costs that tells nobody (its handlers are taken off). What trainkit adds to "
-                  "that is the row below it. A client alone draws nothing. The kernel draws no curves meanwhile (with and "
-                  "without alike they take a tenth of a second every few seconds). The time in which the thread that trains "
-                  "had no core, as another process had it, doesn't count. Slower: the median of the pairs, and their "
-                  "quartiles.", "",
-                  "| | steps a second with | without | slower | CPU for commands, with and without | of other threads | load |",
-                  "|---|---|---|---|---|---|---|"]
-        lines += [*(measured(dragged, background) for background in (False, True)),
-                  f"{dragged_alone()} {os.getloadavg()[0]:.1f} |", "",
-                  "## The dashboard", "", "In a kernel without a browser, which would take a core.", "",
-                  "| | steps a second with | without | time of a step | its CPU time |", "|---|---|---|---|---|", beside_none()]
-    if "long" in parts:
-        lines += ["", "## A long run, compressed", "",
-                  f"The display is brought up to date without any pause for {SECONDS} s.", ""]
-        lines += measured(long_run)
-        lines += ["", *many(REFRESHES)]
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if "--print" not in sys.argv:
-        RESULTS.write_text(text)
+
+def clicks(tiny: bool) -> list[Table]:
+    head = "fit", "median ms", "95 %", "most", "a step, median ms", "of", "load"
+    table = Table("From the click in the page to the entry in the journal", head)
+    table.rows += [loaded(in_page(clicked, background, 1 if tiny else 12)) for background in (False, True)]
+    return [table]
+
+
+def sliders(tiny: bool) -> list[Table]:
+    head = "", "steps a second with", "without", "slower", "CPU for commands, with and without", "of other threads", "load"
+    table = Table("A slider that is dragged", head)
+    for background in False, True:
+        table.rows += [loaded(row) for row in in_page(dragged, background, 6 if tiny else 12, 300 if tiny else 2500)]
+    table.rows.append(loaded(dragged_alone(2 if tiny else 24)))
+    table.notes.append(
+        "Windows in turns, of 2.5 seconds each. A page that draws a slider under a hand takes the same cores as the training: so "
+        "much as one costs that tells nobody (its handlers are taken off). What trainkit adds to that is the row below it. A "
+        "client alone draws nothing. The kernel draws no curves meanwhile (with and without alike they take a tenth of a second "
+        "every few seconds). The time in which the thread that trains had no core, as another process had it, doesn't count. "
+        "Slower: the median of the pairs, and their quartiles.")  # fmt: skip
+    return [table]
+
+
+def dashboard(tiny: bool) -> list[Table]:
+    table = Table("The dashboard", ("", "steps a second with", "without", "time of a step", "its CPU time"))
+    table.rows.append(beside_none(450 if tiny else 9000))
+    table.notes.append("In a kernel without a browser, which would take a core.")
+    return [table]
+
+
+def long(tiny: bool) -> list[Table]:
+    return [in_page(long_run, 6 if tiny else SECONDS)]
+
+
+def many(tiny: bool) -> list[Table]:
+    return [without_browser(300 if tiny else REFRESHES)]
+
+
+PARTS: dict[str, common.Part] = {"clicks": clicks, "sliders": sliders, "dashboard": dashboard, "long": long, "many": many}
 
 
 if __name__ == "__main__":
-    main()
+    common.main_in_parts("live", PARTS, __doc__, packages=("jupyterlab", "ipykernel"))

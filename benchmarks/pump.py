@@ -1,7 +1,7 @@
 """What the pump costs a training loop, and how long a click takes to its callback, in a real kernel.
 
-    OMP_NUM_THREADS=1 python benchmarks/pump.py            writes benchmarks/results/pump.md
-    OMP_NUM_THREADS=1 python benchmarks/pump.py --print    shows it only
+    python -m benchmarks.pump            writes benchmarks/results/pump.md
+    python -m benchmarks.pump --print    shows it only
 
 The clicks come straight from a client on this machine, as a server passes them on; a browser adds a few milliseconds. Each
 carries the time at which it was sent; the kernel's clock is the same.
@@ -164,4 +164,4 @@ if __name__ == "__main__":
     print(table)
     if "--print" not in sys.argv:
         RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(f"# The pump\n\nWritten by `benchmarks/pump.py`.\n\n{table}\n")
+        RESULTS.write_text(f"# The pump\n\nWritten by `python -m benchmarks.pump`.\n\n{table}\n")

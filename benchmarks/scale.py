@@ -1,6 +1,7 @@
 """Towards thousands of devices
 
-    python -m benchmarks.scale
+    python -m benchmarks.scale            measures and computes
+    python -m benchmarks.scale --again    computes, and takes what was measured before
 
 What a step and a checkpoint cost as ranks are added. First measured, with processes on this machine's cores: what the
 exchange of a step, a council, and a message of each size take over gloo. Then computed, for devices that nobody has here:
@@ -126,11 +127,17 @@ def sharded_step(parameters: float, samples: float, tokens: float, ranks: int, c
     return compute, max(0.0, exchange - compute)
 
 
-def checkpoint(parameters: float, ranks: int, c: Cluster, sharded: bool) -> tuple[float, float, float]:
+def gathered(size: float, ranks: int, c: Cluster) -> float:
+    "Seconds until every device has been given `size` bytes that lie in parts: one after the other, each over its own link."
+    return (ranks - 1) / ranks * size / (c.inside if ranks <= c.node else c.between)
+
+
+def checkpoint(parameters: float, ranks: int, c: Cluster, mode: str, file: str) -> tuple[float, float, float]:
     "Seconds that a save holds the training up, that the writing takes behind it, and that a restore takes."
     size = 12 * parameters  # weights and Adam's two averages in float32
-    if not sharded:
-        return size / c.copy, size / c.disk, size / c.disk + size / c.pickled + size / c.between
+    if file == "one":
+        held = size / c.copy + (gathered(size, ranks, c) if mode == "fsdp" else 0.0)
+        return held, size / c.disk, size / c.disk + size / c.pickled + size / c.between
     speed = min(ranks * c.disk, c.shelf)
     return size / ranks / c.copy, size / speed, size / speed
 
@@ -143,6 +150,7 @@ def lost(save: float, restart: float, ranks: int, c: Cluster) -> tuple[float, fl
 
 
 COUNTS = (1, 8, 64, 512, 1024, 4096)
+SAVES = ("ddp", "one"), ("fsdp", "one"), ("fsdp", "shards")
 MODELS = {"100 M": (100e6, 4096, 256), "1 B": (1e9, 4096, 1024), "7 B": (7e9, 4096, 2048)}
 
 
@@ -178,18 +186,20 @@ def modelled() -> list[Table]:
                        "and backward as far as it goes, as torch's fully_shard is made for with several blocks on GPUs; the "
                        "four or five small sums of a turn are left out. Where turns gather gradients (accumulate), those wait "
                        "whole: 4 bytes a parameter more on every device.")
-    saves = Table("Computed: checkpoints", ("model", "devices", "file", "s held up", "s writing", "s to restore",
+    saves = Table("Computed: checkpoints", ("model", "devices", "mode", "file", "s held up", "s writing", "s to restore",
                                             "min between saves", "time lost"))  # fmt: skip
     for name, (parameters, _, _) in MODELS.items():
         for n in (8, 512, 4096):
-            for sharded in (False, True):
-                held, writing, back = checkpoint(parameters, n, c, sharded)
+            for mode, file in SAVES:
+                held, writing, back = checkpoint(parameters, n, c, mode, file)
                 every, share = lost(max(held, 1e-3), back + 120, n, c)
                 every = max(every, writing)  # one is written before the next begins
-                saves.rows.append((name, n, "shards" if sharded else "one", held, writing, back, every / 60, f"{share:.1%}"))
+                saves.rows.append((name, n, mode, file, held, writing, back, every / 60, f"{share:.1%}"))
     saves.notes += [f"12 bytes a parameter (weights, Adam). One writer: {c.disk / 1e9:.0f} GB/s; all together at most "
                     f"{c.shelf / 1e9:.0f} GB/s; a copy to the host {c.copy / 1e9:.0f} GB/s, and the writing goes on behind the "
-                    f"training. What rank 0 has read is pickled at {c.pickled / 1e9:.0f} GB/s and handed out.",
+                    "training. Before one file of sharded parameters is copied, every device is given all of it, tensor by "
+                    f"tensor: at {c.between / 1e9:.0f} GB/s, inside of a machine {c.inside / 1e9:.0f}. What rank 0 has read is "
+                    f"pickled at {c.pickled / 1e9:.0f} GB/s and handed out.",
                     f"A device fails once in {c.life / 3600:,.0f} hours; a restart takes two minutes and a restore. One file, "
                     "from rank 0, is the usual way; shards are Distributed('fsdp', checkpoint='sharded')."]  # fmt: skip
     return [steps, parts, saves]
@@ -199,5 +209,8 @@ def measure(tiny: bool = False) -> list[Table]:
     return [*measured(tiny), *modelled()]
 
 
+PARTS: dict[str, common.Part] = {"ranks": measured}
+
+
 if __name__ == "__main__":
-    common.main("scale", measure, __doc__)
+    common.main_in_parts("scale", PARTS, __doc__, modelled())

@@ -1,6 +1,7 @@
 "The benchmarks in a tiny form: each gives its tables, with numbers where numbers belong; how fast anything is, is not asked."
 import math
 import os
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -14,7 +15,8 @@ from benchmarks.common import ABSENT, Table, present, ratio, seconds, shown, ver
 from benchmarks.peers import PEERS
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ["loop", "optim", "gan", "imports", "checkpoints", "growth", "loaders", "syncs", "bytes"]
+NAMES = ["loop", "optim", "gan", "imports", "checkpoints", "growth", "loaders", "syncs", "bytes", "data_seeds"]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 @pytest.fixture(autouse=True)
@@ -140,6 +142,88 @@ def test_lacking_peers(monkeypatch):
 @pytest.mark.parametrize("cell, text", [(None, "–"), (1234.4, "1234"), (0.01234, "0.0123"), (7, "7"), ("x", "x")])
 def test_cells(cell, text):
     assert shown(cell) == text
+
+
+# --- programs, their pages, and the list -----------------------------------------------------------------------------------
+
+
+def test_every_program_is_in_the_list_and_has_its_page():
+    "`make bench` runs all of them, and nothing else has a page among the results."
+    folder = ROOT / "benchmarks"
+    programs = {p.stem for p in folder.glob("*.py")} - {"__init__", "common", "peers"}
+    programs |= {p.parent.name for p in folder.glob("*/__main__.py")}
+    listed = re.search(r"^BENCHMARKS \?= (.*)$", (ROOT / "Makefile").read_text(), re.M)[1].split()
+    assert len(listed) == len({*listed}) > 12
+    assert {*listed} == programs == {p.stem for p in RESULTS.glob("*.md")}
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.md")), ids=lambda path: path.stem)
+def test_a_page_names_the_program_that_wrote_it(path):
+    text = path.read_text()
+    assert re.search(rf"`(python -m )?benchmarks[./]{path.stem}(\.py)?`", text)
+    assert "by hand" not in re.sub("loops? by hand", "", text)
+
+
+def test_pages_are_what_their_programs_make_of_what_they_kept():
+    "So that nobody has put a figure in."
+    from benchmarks import live, scale
+    from benchmarks.faults import plan, report
+
+    pages = {"live": common.page("live", live.PARTS, common.kept("live"), live.__doc__),
+             "scale": common.page("scale", scale.PARTS, common.kept("scale"), scale.__doc__, scale.modelled()),
+             "faults": report.page(common.kept("faults"))}  # fmt: skip
+    assert pages == {name: (RESULTS / f"{name}.md").read_text() for name in pages}
+    assert {*pages} == {p.stem for p in RESULTS.glob("*.json")}
+    assert {*common.kept("live")} == {*live.PARTS} and {*common.kept("scale")} == {*scale.PARTS}
+    assert {*common.kept("faults")} == {*plan.FAULTS}
+
+
+@pytest.fixture
+def in_parts(tmp_path, monkeypatch):
+    "A program of two parts, that writes elsewhere; each measures 1, then 2, and so on."
+    counts = {"first": 0, "second": 0}
+
+    def part(name):
+        def measure(tiny):
+            counts[name] += 1
+            return [Table(f"The {name}", ("what", "found"), [("tiny" if tiny else "x", 1.5 * counts[name])], ["A note."])]
+        return measure
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["benchmarks.it", *arguments])
+        parts, about = {name: part(name) for name in counts}, "It\n\n    python\n\nAbout it."
+        common.main_in_parts("it", parts, about, [Table("More", ("a",))])
+        return (tmp_path / "it.md").read_text() if (tmp_path / "it.md").exists() else None
+
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    return run
+
+
+def test_parts_are_kept_and_measured_by_themselves(in_parts, capsys):
+    assert in_parts("--tiny") is in_parts("--print") is None and "| tiny | 1.5 |" in capsys.readouterr().out
+    page = in_parts("second")
+    assert page.startswith("# It\n\nAbout it.\n\nWritten by `python -m benchmarks.it`.\n\nMeasured (first): not yet.\n\n")
+    assert "## The second\n\n| what | found |\n| --- | --- |\n| x | 4.5 |\n\nA note.\n\nMeasured (second): 2" in page
+    assert page.endswith("## More\n\n| a |\n| --- |\n")
+    page = in_parts("first")
+    assert "| x | 4.5 |\n\nA note.\n\nMeasured (first): 2" in page and "(second): 2" in page and page.count("| x | 4.5 |") == 2
+    page = in_parts()
+    assert page.count("| x | 6 |") == 2 and in_parts("--again") == page
+    with pytest.raises(SystemExit):
+        in_parts("third")
+    assert "no part is called third; there are: first, second" in capsys.readouterr().err
+
+
+def test_one_file_of_sharded_parameters_is_gathered_first():
+    "In the model: 12 bytes a parameter over each device's link, and then the copy to the host."
+    from benchmarks.scale import Cluster, checkpoint, modelled
+
+    held = {(n, mode): checkpoint(7e9, n, Cluster(), mode, "one")[0] for n in (8, 4096) for mode in ("ddp", "fsdp")}
+    assert held[4096, "fsdp"] - held[4096, "ddp"] == pytest.approx(84e9 * 4095 / 4096 / 50e9)
+    assert held[8, "fsdp"] - held[8, "ddp"] == pytest.approx(84e9 * 7 / 8 / 300e9)
+    rows = {row[:4]: row[4] for row in modelled()[-1].rows}
+    assert rows["7 B", 4096, "fsdp", "one"] == held[4096, "fsdp"] > rows["7 B", 4096, "ddp", "one"] == 84e9 / 20e9
+    assert rows["7 B", 4096, "fsdp", "shards"] == pytest.approx(84e9 / 4096 / 20e9)
 
 
 def test_command_line(tmp_path):

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,16 @@ THEIRS = re.compile(r"^```\{code-block\} python\n(.*?)^```$", re.M | re.S)
 README = ROOT / "README.md"
 WITH_CODE = [page for page in PAGES if BLOCK.search(page.read_text(encoding="utf-8"))]
 
-spec = importlib.util.spec_from_file_location("docs_tool", ROOT / "tools/docs.py")
-docs = importlib.util.module_from_spec(spec)
-sys.modules["docs_tool"] = docs
-spec.loader.exec_module(docs)
+def tool(name):
+    "A program of tools/ as a module."
+    spec = importlib.util.spec_from_file_location(f"{name}_tool", ROOT / f"tools/{name}.py")
+    made = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = made
+    spec.loader.exec_module(made)
+    return made
+
+
+docs = tool("docs")
 
 
 # --- the code on the pages ----------------------------------------------------------------------------------------------
@@ -100,10 +107,14 @@ def test_commands_of_the_readme_are_there():
 
 
 def test_the_loop_is_drawn_as_it_is():
-    from trainkit.callback import PREDICT, TEST, Cancel, loop_picture
+    from trainkit.callback import FIT, PREDICT, TEST, Cancel, loop_picture
     page = (ROOT / "docs/events.md").read_text(encoding="utf-8")
     drawn = re.findall(r"^```text\n(.*?)\n```$", page, re.M | re.S)
     assert drawn == [loop_picture(), loop_picture(scope=TEST), loop_picture(scope=PREDICT)]
+    boxes = tool("loop")
+    assert boxes.DRAWN.read_text(encoding="utf-8") == boxes.drawing(), "python tools/loop.py draws it again"
+    told = re.findall(r"<text[^>]*>([^<]+)</text>", boxes.drawing())
+    assert [text for text in told if text != "always"] == [text.removeprefix("· ") for _, text in FIT.rows()]
     public = [kind for kind in Cancel.__subclasses__() if kind.__module__ == "trainkit.callback"]
     assert {f"trainkit.callback.{kind.__name__}" for kind in public} == {*re.findall(r"`~(\S+)`", page)}
 
@@ -129,6 +140,24 @@ def test_nothing_says_to_install_what_somebody_else_has_called_so():
     said = re.compile(r"""pip3? install\s+(?:-\S+\s+)*[\\"'`]*trainkit\b""")
     assert said.search('pip install -U "trainkit[notebook]"') and said.search("pip install trainkit") and len(files) > 200
     assert [path.name for path in files if said.search(path.read_text(encoding="utf-8"))] == []
+
+
+def tables_in(path):
+    "Rows of each table of a page, by its head."
+    blocks = re.findall(r"(?:^\|.*\n)+", path.read_text(encoding="utf-8"), re.M)
+    return [(lines[0], lines[2:]) for lines in map(str.splitlines, blocks)]
+
+
+def test_what_is_said_of_scale_was_computed():
+    "Each row of the page stands in the table that the program has written; so does what is assumed."
+    written: dict[str, list[str]] = {}
+    for head, rows in tables_in(ROOT / "benchmarks/results/scale.md"):
+        written.setdefault(head, []).extend(rows)
+    told = tables_in(ROOT / "docs/explain/scale.md")
+    assert len(told) == 3 and all(rows for _, rows in told)
+    assert [row for head, rows in told for row in rows if row not in written[head]] == []
+    page, results = ((ROOT / at).read_text() for at in ("docs/explain/scale.md", "benchmarks/results/scale.md"))
+    assert "once in 50,000 hours" in page and "once in 50,000 hours" in results
 
 
 # --- links --------------------------------------------------------------------------------------------------------------
@@ -251,9 +280,9 @@ def test_arguments():
     assert docs.summary(made) == ["Takes `a|b` and \\$5 \\*now\\*.", ""]
     table = docs.argument_table(docs.arguments(made, said))
     assert table[2] == "| `path` | `str \\| Path` |  | where it goes, as \\<name\\> |" and "of them \\| at most" in table[4]
-    text = "\n".join(docs.class_entry(maker, "trainkit.x.Maker", said))
+    text = "\n".join(docs.class_entry(maker, "trainkit.x.Maker", said, {}))
     assert "Class {py:obj}`trainkit.x.Maker`, a `Base`." in text and "Maker(size)" in text
-    assert "| `size` | `int` |  | in bytes |" in text and "| `x` | `int` |  |  |" in text
+    assert "| `size` | `int` | in bytes |" in text and "| `x` | `int` |\n" in text  # without columns that are empty
     assert "### Maker.large" in text and "### Maker.both" in text and "_own" not in text and "large()" not in text
 
 
@@ -265,8 +294,44 @@ def test_the_reference_has_every_name():
         told = {*re.findall(r"^## (\w+)$", pages[f"reference/{module}.md"], re.M)}
         defined = {n.name for n in ast.parse(file.read_text()).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
         assert told == {name for name in defined if not name.startswith("_")}
+        fixed = {n for n in ast.literal_eval(re.search(r"^__all__ = (\[.*?\])", file.read_text(), re.M | re.S)[1])} - defined
+        assert {*re.findall(rf"^\| {{py:obj}}`~trainkit\.{module}\.(\w+)` \|", pages[f"reference/{module}.md"], re.M)} == fixed
     assert "| `seconds` | `float` | `8.0` | how long it takes |" in pages["reference/ui.movie.md"]
     assert pages["reference/index.md"].count("\n: ") == len(pages) - 1 > 100
+
+
+def defining(kind):
+    "The methods that a class has for others from classes of the package: name -> who defines it, as Python finds them."
+    found = {}
+    for base in kind.__mro__[1:]:
+        for name, value in vars(base).items() if base.__module__.startswith("trainkit.") else ():
+            if isinstance(value, (types.FunctionType, property, classmethod, staticmethod)) and not name.startswith("_"):
+                found.setdefault(name, []).append(base.__name__)
+    return {name: bases for name, bases in found.items() if name not in vars(kind)}
+
+
+@pytest.mark.parametrize("kind", ["learner.Learner", "gan.learner.GANLearner", "optim.OptimBuilder", "callbacks.average.EMA",
+                                  "checkpoint.Checkpoints", "history.History", "player.Player"])  # fmt: skip
+def test_what_a_class_has_from_others_is_on_its_page(kind):
+    "Every method that Python finds, with a class that defines it; beside them the attributes that classes say they have."
+    module, _, name = kind.rpartition(".")
+    modules = [p for p in docs.repository_pages() if p.parent == Path("nbs")]
+    table = "\n".join(docs.inherited(f"trainkit.{kind}", docs.known_classes(modules)))
+    told = dict(re.findall(r"^\| \[`(\w+)(?:\(\))?`\].* \| `(\w+)` \|$", table, re.M))
+    made = getattr(importlib.import_module(f"trainkit.{module}"), name)
+    others, there = {*re.findall(r"^\| `(\w+)` \|", table, re.M)}, defining(made)
+    assert told.keys() <= there.keys() <= told.keys() | others and told
+    assert all(owner in there[name] for name, owner in told.items())
+    assert others <= {name for base in made.__mro__ for name in base.__dict__.get("__annotations__", {})}
+
+
+def test_a_part_has_no_list_of_its_own():
+    modules = [p for p in docs.repository_pages() if p.parent == Path("nbs")]
+    known = docs.known_classes(modules)
+    assert docs.is_built_on("trainkit.learner.Kept", known) and docs.inherited("trainkit.learner.Kept", known) == []
+    page = docs.reference_page(Path("nbs/27_learner.ipynb"), known)
+    places = [page.index(head) for head in ("## Learner\n", "## as_players\n", "## What these are made of\n", "## Kept\n")]
+    assert places == sorted(places)
 
 
 def test_what_a_notebook_keeps_is_shown():

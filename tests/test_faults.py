@@ -7,10 +7,11 @@ import pytest
 
 pytest.importorskip("fcntl", reason="the fault suite forks, kills and limits, as POSIX can")
 
-from benchmarks.faults import damage, kills, restores
+from benchmarks.faults import damage, kills, restores, sharded
 from benchmarks.faults.nursery import Nursery
-from benchmarks.faults.plan import FAULTS
-from trainkit import checkpoint, storage
+from benchmarks.faults.plan import FAULTS, Fault
+from benchmarks.faults.row import Row
+from trainkit import checkpoint, converter, storage
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,8 @@ def unwarned():
         yield
 
 
-LEAST = {"kills": 10, "endings": 15, "damage": 40, "disks": 20, "hostile": 25, "restores": 20, "cells": 2, "folders": 10}
+LEAST = {"kills": 10, "endings": 15, "damage": 40, "disks": 20, "hostile": 25, "restores": 20, "cells": 2, "folders": 10,
+         "sharded": 10}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -36,6 +38,35 @@ def test_every_try_holds(name, tmp_path, nursery):
     for row in rows:
         row.check()
     assert sum(row.tries for row in rows if not row.control) >= LEAST[name], "too little was tried"
+
+
+def test_lines_are_kept_and_made_by_themselves(tmp_path, monkeypatch, capsys):
+    "What came of a line is kept as it is made; the page is written from all that was kept, and says what was not made yet."
+    import contextlib
+
+    import benchmarks.faults.__main__ as program
+
+    def rows(here, nursery, tries=3):
+        row = Row("a | b", "it holds")
+        with row.attempt("one"):
+            raise ValueError(f"in {here}")
+        row.tries, row.met["a thing"] = tries, 2
+        yield row
+
+    faults = {name: Fault(f"the {name}", "all", rows, rows) for name in ("first", "second")}
+    for module in program, program.report:
+        monkeypatch.setattr(module, "FAULTS", faults)
+    monkeypatch.setattr(program.common, "RESULTS", tmp_path)
+    monkeypatch.setattr(program, "Nursery", lambda folder: contextlib.nullcontext())
+    assert program.main(["first", "--short"]) == 1 and not [*tmp_path.iterdir()]
+    assert program.main(["first"]) == 1
+    page = (tmp_path / "faults.md").read_text()
+    assert "| the first | 3 | 2 | all | 0 s | 2" in page and "| the second | – | – | all | – | not yet | – |" in page
+    assert "| a \\| b | it holds | 3 | 2 | 2 a thing |" in page and "ValueError at" in page and "in …/first" in page
+    assert program.main(["second"]) == 1
+    both = (tmp_path / "faults.md").read_text()
+    assert "not yet" not in both and "- all: trainkit" in both and program.main(["--again"]) == 0
+    assert (tmp_path / "faults.md").read_text() == both and str(tmp_path.parent) not in both
 
 
 # --------------------------------------------------------------------------------- the suite notices what it is there for
@@ -47,6 +78,13 @@ def test_without_checksums_flipped_bits_would_be_taken(tmp_path, monkeypatch):
     scene = damage.Scene(tmp_path)
     row = damage.one_damaged(scene, [*damage.flips(scene, 40, random.Random(0))], "a bit flipped")
     assert len(row.failures) > 5
+
+
+def test_without_checksums_flipped_bits_of_parts_would_be_taken(tmp_path, nursery, monkeypatch):
+    "By the one process that restores beside the ranks: it has no checksums here, they do."
+    monkeypatch.setattr(converter, "fault_in", lambda folder, files: "")
+    row = sharded.damaged(tmp_path, nursery, 12)
+    assert len(row.failures) > 3
 
 
 def test_without_a_rollback_a_failed_restore_would_leave_traces(tmp_path, monkeypatch):

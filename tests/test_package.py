@@ -7,6 +7,7 @@ import inspect
 import io
 import os
 import pkgutil
+import re
 import subprocess
 import sys
 import tarfile
@@ -93,7 +94,7 @@ def test_what_is_as_it_should_be(root):
     assert wheel.sdist_problems(sdist_of(root), root) == []
 
 
-@pytest.mark.parametrize("name", ["tests/test_x.py", "nbs/00_settings.ipynb", "benchmarks/loop.py", "trainkit/old.py", "x.txt"])
+@pytest.mark.parametrize("name", ["tests/test_x.py", "nbs/00c_settings.ipynb", "benchmarks/loop.py", "trainkit/old.py", "x.txt"])
 def test_what_has_no_business_there_is_found(name, root):
     assert wheel.wheel_problems(wheel_of(root, **{name: ""}), root) == [f"the wheel has {name}"]
     assert wheel.sdist_problems(sdist_of(root, name), root) == [f"the sdist has {name}"]
@@ -210,14 +211,78 @@ def test_other_pythons_are_tried_where_that_costs_little(monkeypatch, tmp_path, 
     monkeypatch.setattr(wheel, "interpreter_of", lambda version: f"/bin/python{version}")
     monkeypatch.setattr(wheel, "torch_for", lambda version: CUDA if version == "3.98" else [])
     assert wheel.others(tmp_path) == ["/bin/python3.1"]
-    assert capsys.readouterr().out == "  Python 3.98 is not tried: its torch comes with CUDA, some gigabytes: " \
-                                      "make wheel WHEEL=--cuda\n"  # fmt: skip
+    assert capsys.readouterr().out == "  Python 3.1 to 3.98 are what the package supports: later ones are not tried\n" \
+        "  Python 3.98 is not tried: its torch comes with CUDA, some gigabytes: make wheel WHEEL=--cuda\n"  # fmt: skip
     assert wheel.others(tmp_path, cuda=True) == ["/bin/python3.1", "/bin/python3.98"]
     monkeypatch.setattr(wheel, "interpreter_of", lambda version: None)
     assert wheel.others(tmp_path, cuda=True) == [] and capsys.readouterr().out.count("is not tried: it isn't found") == 2
     monkeypatch.undo()
     (tmp_path / "pyproject.toml").write_text(f'[project]\nclassifiers = ["Programming Language :: Python :: {versions[1]}"]\n')
-    assert wheel.others(tmp_path) == [] and capsys.readouterr().out == ""
+    assert wheel.others(tmp_path) == [] and "is not tried" not in capsys.readouterr().out
+
+
+RETRIED = """WARNING: Retrying (Retry(total=0, connect=None, read=None, redirect=None, status=None)) after connection broken by \
+'NewConnectionError('<pip._vendor.urllib3.connection.HTTPSConnection object at 0x7fce328d04d0>: Failed to establish a new \
+connection: [Errno 111] Connection refused')': /simple/torch/
+"""
+NONE = """ERROR: Could not find a version that satisfies the requirement torch (from versions: none)
+ERROR: No matching distribution found for torch
+"""
+CONFLICT = """ERROR: Cannot install torch because these package versions have conflicting dependencies.
+ERROR: ResolutionImpossible: for help visit https://pip.pypa.io/en/latest/topics/dependency-resolution/#dealing-with-conflicts
+"""
+HUNG = """ERROR: Exception:
+Traceback (most recent call last):
+  File "/venv/lib/python3.11/site-packages/pip/_vendor/urllib3/response.py", line 443, in _error_catcher
+    raise ReadTimeoutError(self._pool, None, "Read timed out.")
+pip._vendor.urllib3.exceptions.ReadTimeoutError: HTTPSConnectionPool(host='127.0.0.1', port=443): Read timed out.
+"""
+CRASH = """ERROR: Exception:
+Traceback (most recent call last):
+  File "/venv/lib/python3.11/site-packages/pip/_internal/resolution/resolvelib/factory.py", line 9, in make
+KeyError: 'torch'
+"""
+REFUSED = """ERROR: Could not install packages due to an OSError: HTTPSConnectionPool(host='127.0.0.1', port=443): Max retries \
+exceeded with url: /torch-2.13.0.whl (Caused by ProxyError('Unable to connect to proxy', OSError('Tunnel connection failed')))
+"""
+BUILD = """  error: subprocess-exited-with-error
+  × python setup.py bdist_wheel did not run successfully.
+ERROR: Could not build wheels for torch, which is required to install pyproject.toml-based projects
+"""
+FULL = "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device\n"
+NONE_OF_OTHERS = NONE.replace("torch", "sympy>=1.13.3")
+
+
+@pytest.mark.parametrize("said, reason", [
+    (NONE, "has none for it"), (NONE.replace("torch\n", "torch==2.13.0\n"), "has none for it"),
+    (RETRIED + NONE, "can't be reached"), (HUNG, "can't be reached"), (RETRIED + REFUSED, "can't be reached"),
+    (CONFLICT, ""), (RETRIED + CONFLICT, ""), (CRASH, ""), (RETRIED + CRASH, ""), (BUILD, ""), (FULL, ""),
+    (NONE_OF_OTHERS, ""), (NONE.replace("torch", "torch-extras"), ""),
+    ("Fatal Python error: Segmentation fault\n", "")])  # fmt: skip
+def test_what_cannot_be_had_is_told_from_what_is_wrong(said, reason, tmp_path, monkeypatch, capsys):
+    "By the words in which pip fails, whether it is asked what torch needs or to install it."
+    (tmp_path / "said").write_text(said)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").write_text(f"#!/bin/sh\ncat {tmp_path}/said >&2; exit 1\n")
+    (tmp_path / "bin/python").chmod(0o755)
+    monkeypatch.setattr(wheel, "interpreter_of", lambda version: version)
+    monkeypatch.setattr(wheel, "supported", lambda root: ["3.98"])
+    monkeypatch.setattr(wheel.sys, "executable", str(tmp_path / "bin/python"))
+
+    def fake(env, interpreter, folder):
+        env.work, env.bin, env.variables = tmp_path, tmp_path / "bin", dict(os.environ)
+
+    monkeypatch.setattr(wheel.Environment, "__init__", fake)
+    monkeypatch.setattr(wheel.Environment, "python", lambda env, code: "3.98")
+    attempts = [lambda: wheel.others(ROOT), lambda: wheel.check_with("python3.98", tmp_path / "x.whl", (), patience=60)]
+    for attempt in attempts:
+        if reason:
+            assert not attempt()
+            line = capsys.readouterr().out.splitlines()[-1]
+            assert "is not tried" in line and line.endswith(reason)
+        else:
+            with pytest.raises(wheel.Wrong, match=re.escape(said.splitlines()[-1][:60])):
+                attempt()
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
@@ -244,17 +309,17 @@ def test_a_module_offers_what_it_defines(name):
 def test_what_takes_too_long_is_given_up(tmp_path):
     env = object.__new__(wheel.Environment)  # without making one
     env.work, env.variables = tmp_path, dict(os.environ)
-    with pytest.raises(wheel.Wrong, match="time.sleep.30.: not done after 0.2 s"):
+    with pytest.raises(wheel.TooLong, match="time.sleep.30.: not done after 0.2 s"):
         env.run(sys.executable, "-c", "import time; time.sleep(30)", seconds=0.2)
     assert env.run(sys.executable, "-c", "print('there')", seconds=60) == "there\n"
 
 
 def test_a_python_whose_torch_does_not_come_is_told_of(tmp_path, monkeypatch, capsys):
     def install(env, *what, seconds=None):
-        raise wheel.Wrong(f"no {what[0]} within {seconds} s")
+        raise wheel.TooLong(f"no {what[0]} within {seconds} s")
 
     monkeypatch.setattr(wheel.Environment, "install", install)
     wheel.check_with(sys.executable, tmp_path / "x.whl", (), patience=3)
-    assert "is not tried, as torch can't be had: no torch within 3 s" in capsys.readouterr().out
+    assert "is not tried, as torch can't be had: time ran out" in capsys.readouterr().out
     with pytest.raises(wheel.Wrong, match="no .*x.whl"):
         wheel.check_with(sys.executable, tmp_path / "x.whl", ())

@@ -11,12 +11,17 @@ runs examples/quickstart.py, and has the wheel taken out again.
 
 Others are the oldest and the newest Python that the package supports, where they are found (in the PATH, or pyenv's), and
 torch for them is one without CUDA: with it, each of them is a download of some gigabytes, for which one has to ask. Where
-torch doesn't come within some minutes, that is said, and the others go on.
+torch can't be had (there is none for that Python, the index can't be reached, or some minutes weren't enough), that is said
+in a line, and the others go on. Whatever else goes wrong is a fault: a conflict of requirements, a build, a crash.
+
+The package supports Python 3.10 to 3.13 (the classifiers in pyproject.toml): with these its pinned requirements were tried.
+Python 3.14 is not among them, and is not tried.
 """
 from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import importlib
 import json
 import os
@@ -28,9 +33,10 @@ import tarfile
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from email import message_from_string
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 BESIDE = {"README.md", "LICENSE", "CHANGELOG.md", "MANIFEST.in", "pyproject.toml", "setup.cfg", "PKG-INFO"}  # in an sdist
@@ -104,8 +110,27 @@ class Wrong(Exception):
     "What is not as it should be."
 
 
+class TooLong(Wrong):
+    "What was given up."
+
+
+class OutOfReach(Exception):
+    "What isn't here and can't be had from here: no fault of the package."
+
+
 def headline(text: str, since: float = 0) -> None:
     print(f"  {text}" + (f" ({time.monotonic() - since:.0f} s)" if since else ""), flush=True)
+
+
+def run(command: Sequence[str], seconds: float | None = None, **kw: Any) -> str:
+    "What a command said; Wrong where it failed, TooLong where it took longer."
+    try:
+        done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds, **kw)
+    except subprocess.TimeoutExpired:
+        raise TooLong(f"{' '.join(command)[:200]}: not done after {seconds:g} s") from None
+    if done.returncode:
+        raise Wrong(f"{' '.join(command)[:200]}: exit status {done.returncode}\n{done.stdout[-3000:]}")
+    return done.stdout
 
 
 # --- building it, and what is in it
@@ -187,6 +212,22 @@ def version_of(root: Path) -> str:
 # --- the Pythons to use it with
 
 PATIENCE = 240.0  # seconds that another Python's torch may take to come
+LATER = re.compile("(?im)^ *error:")  # where pip begins to say what it failed with; warnings stand before it
+NONE_THERE = re.compile(r"No matching distribution found for torch(?![\w.-])")
+UNREACHED = re.compile("(ReadTimeout|ConnectTimeout|Connection|NameResolution|Proxy|SSL)Error|Max retries exceeded|"
+                       "Read timed out|Connection (refused|reset|aborted)|failure in name resolution|HTTP error 5")  # fmt: skip
+
+
+def why_not(failure: Wrong) -> str:
+    "Why torch can't be had, where a failure of pip's says that; empty where it says anything else."
+    said = str(failure)
+    if isinstance(failure, TooLong):
+        return "time ran out"
+    error = said[found.start():] if (found := LATER.search(said)) else said
+    if NONE_THERE.search(error):
+        return "the index can't be reached" if UNREACHED.search(said) else "the index has none for it"
+    return "the index can't be reached" if UNREACHED.search(error) and "ResolutionImpossible" not in error else ""
+
 
 def supported(root: Path) -> list[str]:
     "The versions that the package says it supports, the oldest first."
@@ -202,14 +243,25 @@ def interpreter_of(version: str) -> str | None:
     return next((c for c in candidates if c and subprocess.run([c, "-c", code], capture_output=True).returncode == 0), None)
 
 
+@contextlib.contextmanager
+def within_reach() -> Iterator[None]:
+    "Inside, a failure to get torch from an index is OutOfReach; any other stays Wrong."
+    try:
+        yield
+    except Wrong as failure:
+        if not (reason := why_not(failure)):
+            raise
+        raise OutOfReach(reason) from failure
+
+
 def torch_for(version: str) -> list[str]:
-    "What torch asks for there, by pip's word; Wrong where it can't be had."
+    "What torch asks for there, by pip's word; OutOfReach where it can't be had."
     with tempfile.TemporaryDirectory(prefix="trainkit-wheel-") as folder:
         asked = ["--dry-run", "--no-deps", "--target", folder, "--python-version", version, "--only-binary", ":all:"]
-        done = subprocess.run([sys.executable, "-m", "pip", "install", "-qq", *asked, "--report", f"{folder}/report.json",
-                               "-c", str(ROOT / "constraints.txt"), "torch"], capture_output=True, text=True)  # fmt: skip
-        if done.returncode:
-            raise Wrong(done.stderr[-300:])
+        command = [sys.executable, "-m", "pip", "install", "-q", *asked, "--report", f"{folder}/report.json", "-c",
+                   str(ROOT / "constraints.txt"), "torch"]  # fmt: skip
+        with within_reach():
+            run(command, seconds=PATIENCE)
         torch, = json.loads(Path(folder, "report.json").read_text(encoding="utf-8"))["install"]
     return torch["metadata"].get("requires_dist", [])
 
@@ -225,18 +277,19 @@ def brings_cuda(requirements: Iterable[str], version: str) -> bool:
 def others(root: Path, cuda: bool = False) -> list[str]:
     "Interpreters to try beside this one, with CUDA or without it only. What isn't tried is said, and why."
     found, versions = [], supported(root)
+    headline(f"Python {versions[0]} to {versions[-1]} are what the package supports: later ones are not tried")
     for version in dict.fromkeys((versions[0], versions[-1])):
         if version == f"3.{sys.version_info.minor}":
             continue
         interpreter = interpreter_of(version)
         try:
             if interpreter is None:
-                raise Wrong("it isn't found")
+                raise OutOfReach("it isn't found")
             if not cuda and brings_cuda(torch_for(version), version):
-                raise Wrong("its torch comes with CUDA, some gigabytes: make wheel WHEEL=--cuda")
+                raise OutOfReach("its torch comes with CUDA, some gigabytes: make wheel WHEEL=--cuda")
             found.append(interpreter)
-        except Wrong as wrong:
-            headline(f"Python {version} is not tried: {wrong}")
+        except OutOfReach as reason:
+            headline(f"Python {version} is not tried: {reason}")
     return found
 
 
@@ -260,21 +313,14 @@ class Environment:
         self.site = Path(self.python("import sysconfig; print(sysconfig.get_path('purelib'))").strip())
 
     def run(self, *command: str, seconds: float | None = None) -> str:
-        "What a command said; Wrong where it failed, or took longer."
-        try:
-            done = subprocess.run(command, cwd=self.work, env=self.variables, text=True, stdout=subprocess.PIPE,
-                                  stderr=subprocess.STDOUT, timeout=seconds)  # fmt: skip
-        except subprocess.TimeoutExpired:
-            raise Wrong(f"{' '.join(command)[:200]}: not done after {seconds:g} s") from None
-        if done.returncode:
-            raise Wrong(f"{' '.join(command)[:200]}: exit status {done.returncode}\n{done.stdout[-3000:]}")
-        return done.stdout
+        "What a command said; Wrong where it failed, TooLong where it took longer."
+        return run(command, seconds, cwd=self.work, env=self.variables)
 
     def python(self, code: str, *arguments: str) -> str:
         return self.run(str(self.bin / "python"), "-c", code, *arguments)
 
     def install(self, *what: str, seconds: float | None = None) -> None:
-        command = [str(self.bin / "python"), "-m", "pip", "install", "-qq", "-c", str(ROOT / "constraints.txt"), *what]
+        command = [str(self.bin / "python"), "-m", "pip", "install", "-q", "-c", str(ROOT / "constraints.txt"), *what]
         self.run(*command, seconds=seconds)
 
     def packages(self) -> set[str]:
@@ -355,14 +401,15 @@ def check_gone(env: Environment) -> None:
 
 
 def check_with(interpreter: str, wheel: Path, extras: Iterable[str], patience: float | None = None) -> None:
-    "All of it with one Python; `patience`: seconds that torch may take to come. If it doesn't, that is said, and no fault."
+    "All of it with one Python; `patience`: seconds that torch may take to come. If it can't be had, that is said, and no fault."
     with tempfile.TemporaryDirectory(prefix="trainkit-wheel-") as folder:
         env = Environment(interpreter, Path(folder))
         print("Python " + env.python("import sys; print(sys.version.split()[0])").strip(), flush=True)
         try:
-            env.install("torch", seconds=patience) if patience else None
-        except Wrong as wrong:
-            headline(f"is not tried, as torch can't be had: {str(wrong)[-300:]}")
+            with within_reach():
+                env.install("torch", seconds=patience) if patience else None
+        except OutOfReach as reason:
+            headline(f"is not tried, as torch can't be had: {reason}")
             return
         check_bare(env, wheel)
         check_quickstart(env)

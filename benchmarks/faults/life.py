@@ -43,14 +43,14 @@ def _write_in_place(path: Path, write: Callable[[Any], Any]) -> None:
         write(file)
 
 
-def _take_up(learn: Learner, tell: Callable[..., None]) -> None:
+def _take_up(learn: Learner, tell: Callable[..., None], digested: Callable[[Learner], str] | None = None) -> None:
     try:
         entry = learn.restore("last")
     except CheckpointError:
-        assert not len(learn.checkpoints), "there are checkpoints, and none can be restored"
+        assert not len(learn.checkpoints or ()), "there are checkpoints, and none can be restored"
         tell(restored=0)
     else:
-        tell(restored=entry.step, digest=digest(learn.state_dict()))
+        tell(restored=entry.step, digest=digested(learn) if digested else digest(learn.state_dict()))
 
 
 def _strange(said: list[warnings.WarningMessage]) -> list[str]:

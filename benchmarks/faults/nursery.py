@@ -60,7 +60,8 @@ class Nursery:
     "Starts children in milliseconds."
 
     def __init__(self, folder: Path):  # where their logs go
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "TRAINKIT_WHERE": "script"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TRAINKIT_WHERE": "script",
+                                    "TORCH_CPP_LOG_LEVEL": "ERROR"}  # fmt: skip
         code = "from benchmarks.faults.nursery import serve; serve()"
         self.server = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, text=True,
                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
@@ -115,8 +116,9 @@ def _live(module: str, job: str, log: str, kw: dict[str, Any]) -> None:
         getattr(importlib.import_module(f"benchmarks.faults.{module}"), job)(tell, **kw)
         code = 0
     except BaseException as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        tell(failed=f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}: {error}")
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = [f"{Path(f.filename).name}:{f.lineno}" for f in frames if "site-packages" not in f.filename][-4:]
+        tell(failed=f"{type(error).__name__} at {', '.join(ours)}: {error}")
     finally:
         os._exit(code)
 
@@ -132,7 +134,7 @@ def _warm_up() -> None:
 
 def serve() -> None:
     "The server: forks on request, and says how children ended."
-    for module in ("life", "troubles", "hostile", "folders", "cells"):
+    for module in ("life", "troubles", "hostile", "folders", "cells", "rank"):
         importlib.import_module(f"benchmarks.faults.{module}")
     _warm_up()
     for line in sys.stdin:

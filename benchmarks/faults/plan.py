@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import cells, damage, disks, endings, folders, hostile, kills, mixups, restores
+from . import cells, damage, disks, endings, folders, hostile, kills, mixups, restores, sharded
 from .nursery import Nursery
 from .row import Row
 
@@ -89,6 +89,16 @@ def shared(rounds: int, readers: int) -> Rows:
     return rows
 
 
+def parted(kills: int, cases: int | None) -> Rows:
+    "A rank killed so many times, and so many cases of damaged parts, or all."
+
+    def rows(here: Path, nursery: Nursery) -> Iterator[Row]:
+        yield sharded.at_random(kills, here / "killed", nursery)
+        yield sharded.damaged(here / "damaged", nursery, cases)
+
+    return rows
+
+
 FAULTS: dict[str, Fault] = {
     "kills": Fault(
         "kill -9 at random moments, saves and deletions included",
@@ -125,4 +135,8 @@ FAULTS: dict[str, Fault] = {
         "two learners or processes in one folder",
         "one trains on and keeps everything, the other is told",
         shared(50, 3), shared(2, 2)),
+    "sharded": Fault(
+        "two ranks with sharded saves: kill -9 of one at random moments; parts damaged, exchanged, missing",
+        "a complete checkpoint remains, all ranks restore it alike, message names the part",
+        parted(100, None), parted(2, 8)),
 }  # fmt: skip

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 class Row:
@@ -16,6 +17,19 @@ class Row:
         self.tries, self.failures = 0, list[str]()
         self.met = Counter[str]()  # what the tries ran into, so that one sees that they were worth something
         self.seconds = 0.0
+
+    @classmethod
+    def of(cls, kept: dict[str, Any]) -> "Row":
+        "One that was kept."
+        row = cls(kept["fault"], kept["reach"], kept["control"])
+        row.tries, row.failures, row.seconds = kept["tries"], kept["failures"], kept["seconds"]
+        row.met.update(dict(kept["met"]))
+        return row
+
+    def kept(self, folder: str = "") -> dict[str, Any]:
+        "To be kept: plain, in the order in which it was met, without the paths of a folder that will be gone."
+        failures = [failure.replace(folder, "…") if folder else failure for failure in self.failures]
+        return {**vars(self), "failures": failures, "met": [*self.met.items()], "seconds": round(self.seconds, 1)}
 
     @property
     def held(self) -> int:
