@@ -256,7 +256,7 @@ NONE_OF_OTHERS = NONE.replace("torch", "sympy>=1.13.3")
 @pytest.mark.parametrize("said, reason", [
     (NONE, "has none for it"), (NONE.replace("torch\n", "torch==2.13.0\n"), "has none for it"),
     (RETRIED + NONE, "can't be reached"), (HUNG, "can't be reached"), (RETRIED + REFUSED, "can't be reached"),
-    (CONFLICT, ""), (RETRIED + CONFLICT, ""), (CRASH, ""), (RETRIED + CRASH, ""), (BUILD, ""), (FULL, ""),
+    (CONFLICT, ""), (RETRIED + CONFLICT, ""), (CRASH, ""), (RETRIED + CRASH, ""), (BUILD, ""), (FULL, "has no room for it"),
     (NONE_OF_OTHERS, ""), (NONE.replace("torch", "torch-extras"), ""),
     ("Fatal Python error: Segmentation fault\n", "")])  # fmt: skip
 def test_what_cannot_be_had_is_told_from_what_is_wrong(said, reason, tmp_path, monkeypatch, capsys):

@@ -11,8 +11,9 @@ runs examples/quickstart.py, and has the wheel taken out again.
 
 Others are the oldest and the newest Python that the package supports, where they are found (in the PATH, or pyenv's), and
 torch for them is one without CUDA: with it, each of them is a download of some gigabytes, for which one has to ask. Where
-torch can't be had (there is none for that Python, the index can't be reached, or some minutes weren't enough), that is said
-in a line, and the others go on. Whatever else goes wrong is a fault: a conflict of requirements, a build, a crash.
+torch can't be had (there is none for that Python, the index can't be reached, the disk has no room, or some minutes weren't
+enough), that is said in a line, and the others go on. Whatever else goes wrong is a fault: a conflict of requirements, a
+build, a crash.
 
 The package supports Python 3.10 to 3.13 (the classifiers in pyproject.toml): with these its pinned requirements were tried.
 Python 3.14 is not among them, and is not tried.
@@ -215,7 +216,7 @@ PATIENCE = 240.0  # seconds that another Python's torch may take to come
 LATER = re.compile("(?im)^ *error:")  # where pip begins to say what it failed with; warnings stand before it
 NONE_THERE = re.compile(r"No matching distribution found for torch(?![\w.-])")
 UNREACHED = re.compile("(ReadTimeout|ConnectTimeout|Connection|NameResolution|Proxy|SSL)Error|Max retries exceeded|"
-                       "Read timed out|Connection (refused|reset|aborted)|failure in name resolution|HTTP error 5")  # fmt: skip
+                       "Read timed out|Connection (refused|reset|aborted)|failure in name resolution|HTTP error \\d")  # fmt: skip
 
 
 def why_not(failure: Wrong) -> str:
@@ -224,6 +225,8 @@ def why_not(failure: Wrong) -> str:
     if isinstance(failure, TooLong):
         return "time ran out"
     error = said[found.start():] if (found := LATER.search(said)) else said
+    if "No space left on device" in error:
+        return "the disk has no room for it"
     if NONE_THERE.search(error):
         return "the index can't be reached" if UNREACHED.search(said) else "the index has none for it"
     return "the index can't be reached" if UNREACHED.search(error) and "ResolutionImpossible" not in error else ""
