@@ -3,12 +3,15 @@
 Rank 0 writes what it found to FOLDER/NAME.pt, where the test reads it; `python ranks.py FOLDER NAME…` does the same alone.
 """
 import atexit
+import contextlib
 import faulthandler
+import io
 import os
 import random
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -24,11 +27,19 @@ from trainkit.distributed import Distributed
 from trainkit.finder import lr_find
 from trainkit.gan.learner import GANLearner
 from trainkit.gan.penalties import GradientPenalty
+from trainkit.launch import free_port
 from trainkit.learner import Learner
 from trainkit.optim import OptimBuilder
 from trainkit.schedule import Knob
+from trainkit.settings import Settings
+from trainkit.storage import write_atomically
+from trainkit.team import RankError
+from trainkit.ui.telling import Writer
+from trainkit.ui.view import View
+from trainkit.ui.writers import EpochFile
 
 DDP = Distributed(listen_every=0.0)
+FRONT = Settings().front  # what shows a run unless somebody says otherwise
 X = torch.randn(22, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Y = (X @ torch.tensor([[1.0], [-2.0], [0.5]], dtype=torch.float64)).sin()
 VALID = TensorDataset(X[:13] * 1.5, Y[:13])
@@ -307,6 +318,49 @@ def steered(folder):
     return told(learn, rates=rates, asked=asked, files=sorted(p.name for p in (folder / "steered").iterdir()))
 
 
+class Noting(Writer):
+    "Somebody's own writer: what it was told to do."
+
+    def __init__(self):
+        super().__init__(every=1e-3)
+        self.told = []
+
+    def begin(self, about):
+        self.told.append("begin")
+        return ""
+
+    def scalars(self, rows):
+        self.told += [name for _, values in rows for name in values]
+
+    def end(self, state):
+        self.told.append(state)
+
+
+class Picture(View):
+    "Somebody's own view."
+
+    def after_epoch(self, learn):
+        print("a picture of epoch", learn.epoch)
+
+
+def watched(folder):
+    "A fit that is shown, in a terminal and in a notebook: what there is of it on each rank. Each is given a folder of its own."
+    found = {}
+    for where in "script", "notebook":
+        os.environ["TRAINKIT_WHERE"], said, noting = where, io.StringIO(), Noting()
+        run = folder / f"watched on {os.environ['RANK']}, {where}"
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            learn = learner(front=FRONT, run=run, cbs=[noting, Picture(), EpochFile()], metrics=["mae"])
+            learn.fit(2)
+            learn.validate()
+            learn.fit(1)
+        views = [type(cb).__name__ for cb in learn.cbs if isinstance(cb, View)]
+        files = sorted(p.name for p in run.rglob("*")) if run.exists() else None
+        found[where] = {"views": views, "said": said.getvalue(), "told": noting.told, "files": files}
+    os.environ["TRAINKIT_WHERE"] = "script"
+    return learn.team.gather(found)
+
+
 def seldom(folder):
     "With councils four times a second, a stop still comes at the same step everywhere."
     learn = learner(distributed="ddp")
@@ -315,6 +369,22 @@ def seldom(folder):
     learn.add(On("after_batch", lambda learn: learn.stop() if learn.rank == 0 and learn.step == 300 else None))
     learn.fit(steps=10**5)
     return told(learn, councils=len(councils))
+
+
+def asked_for(folder):
+    "What each rank warns of when `accelerate launch` was told of a precision, and the learner of this or that one."
+    found = {}
+    for asked in "bf16", "no":
+        os.environ["ACCELERATE_MIXED_PRECISION"] = asked
+        for given in "fp32", "bf16":
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                data = DataLoader(TensorDataset(X.float(), Y.float()), batch_size=4)
+                learn = learner(net().float(), data, precision=given)
+                learn.fit(1)
+            found[asked, given] = [(str(w.message), Path(w.filename).name) for w in said if "accelerate launch" in str(w.message)]
+    del os.environ["ACCELERATE_MIXED_PRECISION"]
+    return learn.team.gather(found)
 
 
 # ---------------------------------------------------------------------------------------------------------- coming back
@@ -438,11 +508,16 @@ class Cancels(Callback):
             raise self.kind
 
 
+def places(every, step=3):
+    "All of them for one and two ranks; for four some, as each costs its time."
+    return every[:: step if int(os.environ.get("WORLD_SIZE", 1)) > 2 else 1]
+
+
 def cancels(folder):
     "What one rank cancels, and what all do, at every place."
     found = {}
     for kind, events in PLACES:
-        for event in events:
+        for event in places(events):
             for everybody in (False, True) if event in ("before_turn", "after_backward", "after_batch") else (False,):
                 at = 0 if event in ("before_fit", "before_epoch") else 2
                 learn = learner(cbs=Cancels(kind, event, at, everybody))
@@ -454,17 +529,17 @@ def cancels(folder):
 def cancels_windows(folder):
     "The same where turns gather gradients, and where players move at the same time."
     found = {}
-    for kind, event in [(CancelTurn, "before_turn"), (CancelTurn, "after_backward"), (CancelStep, "after_loss"),
-                        (CancelBatch, "before_batch"), (CancelEpoch, "after_batch")]:  # fmt: skip
+    for kind, event in places([(CancelTurn, "before_turn"), (CancelTurn, "after_backward"), (CancelStep, "after_loss"),
+                               (CancelBatch, "before_batch"), (CancelEpoch, "after_batch")]):  # fmt: skip
         for everybody in False, True:
             learn = learner(cbs=Cancels(kind, event, 1, everybody), dls=loader(), accumulate=3)
             learn.fit(2)
             found["accumulated", kind.__name__, event, everybody] = told(learn, updates=learn.players[0].updates)
-    for kind, event, who in [(CancelBatch, "before_batch", ""), (CancelBatch, "before_turn", "generator"),
-                             (CancelBatch, "after_turn", "discriminator"), (CancelTurn, "before_turn", "discriminator"),
-                             (CancelTurn, "after_backward", "generator"), (CancelStep, "before_backward", "generator"),
-                             (CancelStep, "before_step", "discriminator"),
-                             (CancelEpoch, "before_step", "generator")]:  # fmt: skip
+    for kind, event, who in places([(CancelBatch, "before_batch", ""), (CancelBatch, "before_turn", "generator"),
+                                    (CancelBatch, "after_turn", "discriminator"), (CancelTurn, "before_turn", "discriminator"),
+                                    (CancelTurn, "after_backward", "generator"), (CancelStep, "before_backward", "generator"),
+                                    (CancelStep, "before_step", "discriminator"),
+                                    (CancelEpoch, "before_step", "generator")]):  # fmt: skip
         for updates in "alternating", "simultaneous":
             found[updates, kind.__name__, event, who] = gan(folder, updates=updates, cbs=Cancels(kind, event, 2, False, who))
     return found
@@ -489,15 +564,19 @@ def bad_steps(folder):
 # ------------------------------------------------------------------------------------------------------ endings
 
 
-def anew(k):
-    "Another process group in the same processes, as if they had been started once more."
-    import torch.distributed as dist
+def anew(folder, name):
+    "Another process group in the same processes, as if they had been started once more; at a port that is free now."
     from accelerate import PartialState
 
     if dist.is_initialized():
         dist.destroy_process_group()
     PartialState._reset_state()
-    os.environ.update(TORCHELASTIC_USE_AGENT_STORE="False", MASTER_PORT=os.environ["PORTS"].split(",")[k])
+    place = Path(folder, f"port of {name}")
+    if os.environ["RANK"] == "0":
+        write_atomically(place, lambda file: file.write(str(free_port()).encode()))
+    while not place.exists():
+        time.sleep(0.01)
+    os.environ.update(TORCHELASTIC_USE_AGENT_STORE="False", MASTER_PORT=place.read_text())
 
 
 def at(event, step, do, rank=1):
@@ -526,7 +605,7 @@ class Stream:
     "Nobody knows how long it is; one batch less on rank 1."
 
     def __iter__(self):
-        yield from [*DataLoader(TensorDataset(X, Y), batch_size=4)][: 5 - int(os.environ["RANK"])]
+        yield from [*DataLoader(TensorDataset(X, Y), batch_size=4)][: 5 - (os.environ["RANK"] == "1")]
 
 
 def ends_early(folder):
@@ -554,7 +633,8 @@ def interrupted_twice(folder):
 
 
 def too_few(folder):
-    learner(net(norm=True), DataLoader(TensorDataset(X, Y), batch_size=3)).fit(1)
+    "Two samples on each rank but the last."
+    learner(net(norm=True), DataLoader(TensorDataset(X, Y), batch_size=2 * int(os.environ["WORLD_SIZE"]) - 1)).fit(1)
 
 
 class Fragile(Callback):
@@ -619,8 +699,8 @@ ENDINGS = (alone_saves, alone_validates, others_do, freezes, ends_early, interru
 def endings(folder):
     "Mistakes that would make ranks wait for each other: what each rank ends with, and after how many seconds."
     words = {}
-    for k, act in enumerate(ENDINGS):
-        anew(k)
+    for act in ENDINGS:
+        anew(folder, act.__name__)
         began = time.monotonic()
         try:
             act(folder)
@@ -650,6 +730,14 @@ def fails(folder):
             raise ValueError("the disk is on fire")
 
     return ending(folder, "fails", fault)
+
+
+def fails_and_killed(folder):
+    "Two ends of the same processes, one after the other."
+    with contextlib.suppress(ValueError, RankError):
+        fails(folder)
+    anew(folder, "killed")
+    killed(folder)
 
 
 def searches(folder):
@@ -696,8 +784,8 @@ def endless(folder):
 SCENARIOS = {f.__name__: f for f in (
     plain, adamw, follows, accumulated, whole_numbers, random_samples, batches_in_a_list, unused, gan_every, gan_at_once,
     gan_penalty, gan_gp, frozen_turns, cancels, cancels_windows, bad_steps, endings, gan_norms, looked, averaged, norms,
-    early, stopped_by_one, steered, seldom, saved, resumed, calm, calm_resumed, missing, refused, all_cancel, fails,
-    searches, balances, killed, endless)}  # fmt: skip
+    early, stopped_by_one, steered, watched, asked_for, seldom, saved, resumed, calm, calm_resumed, missing, refused, all_cancel,
+    fails, fails_and_killed, searches, balances, endless)}  # fmt: skip
 
 
 def main(scenarios=SCENARIOS):

@@ -1,4 +1,6 @@
 """What each rank of a test of sharded parameters does: `torchrun sharded_ranks.py FOLDER NAME…`, as ranks.py does for ddp."""
+import contextlib
+import copy
 import os
 import shutil
 import signal
@@ -6,6 +8,7 @@ import sys
 import threading
 import warnings
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -20,6 +23,7 @@ from trainkit.attached import attach  # noqa: E402
 from trainkit.callback import CancelEpoch, CancelFit, CancelValidate, On  # noqa: E402
 from trainkit.callbacks.average import EMA  # noqa: E402
 from trainkit.callbacks.clip import ClampWeights, ClipGradNorm, ClipGradValue  # noqa: E402
+from trainkit.device import DTYPES  # noqa: E402
 from trainkit.distributed import Distributed  # noqa: E402
 from trainkit.gan.doctor import Doctor  # noqa: E402
 from trainkit.gan.historical import HistoricalAverage  # noqa: E402
@@ -149,12 +153,12 @@ def cancels(folder):
     import torchmetrics
 
     found = {}
-    for kind, event in LOOKING:
+    for kind, event in ranks.places(LOOKING, 2):
         for metrics in None, {"r2": torchmetrics.R2Score()}:
             learn = learner(cbs=Cancels(kind, event), metrics=metrics)
             learn.fit(2)
             found[kind.__name__, event, metrics is None] = told(learn)
-    for event in "before_batch", "after_forward", "before_step", "after_batch":
+    for event in ranks.places(("before_batch", "after_forward", "before_step", "after_batch"), 2):
         learn = learner(cbs=Cancels(CancelEpoch, event))
         learn.fit(2)
         found["CancelEpoch", event, True] = told(learn)
@@ -344,6 +348,40 @@ def mixed(folder):
     return learn.team.gather(found)
 
 
+def narrow(folder):
+    """Targets a few roundings of the narrow type away from what the model says: in it, errors are others than in float32.
+
+    Steps are so small that weights, which begin at numbers of bf16, stay the same in the narrow type.
+    """
+    found, model = {}, net().float()
+    start = {name: w.bfloat16().float() for name, w in model.state_dict().items()}
+    model.load_state_dict(start)
+    with torch.no_grad():
+        told = model(ranks.X.float())
+    for (mode, how), name in product((("ddp", ranks.DDP), ("fsdp", FSDP)), ("bf16", "fp16")):
+        targets = told + torch.finfo(DTYPES[name]).eps * ranks.Y.float()
+        for precision in (name, "fp32") if int(os.environ.get("WORLD_SIZE", 1)) == 1 else (name,):
+            data = DataLoader(TensorDataset(ranks.X.float(), targets), batch_size=5, shuffle=True)
+            learn = learner(copy.deepcopy(model), data, OptimBuilder("sgd", lr=2**-8), distributed=how, precision=precision)
+            found[mode, name, precision] = moved(learn, start)
+    return learn.team.gather(found)
+
+
+def moved(learn, start):
+    "Trains, with a loss that is infinite on the last rank in a step of half precision; how the weights moved."
+    stepped = []
+
+    def spoil(learn):
+        if learn.step == 2 and learn.rank == learn.team.size - 1 and learn.precision.name == "fp16":
+            learn.loss = learn.loss * float("inf")
+
+    learn.add(On("before_backward", spoil))
+    learn.add(On("after_turn", lambda learn: stepped.append(learn.stepped)))
+    learn.fit(2)
+    weights = made_whole(learn.model.state_dict())
+    return torch.cat([(w - start[name]).flatten() for name, w in weights.items()]), stepped
+
+
 def refused(folder):
     words = []
 
@@ -403,14 +441,14 @@ def killed(folder):
 
 
 def fails_behind(folder):
-    "Rank 1 fails while both write behind the training."
+    "Rank 1 fails while all write behind the training."
     import torch.distributed.checkpoint as dcp
 
     write = dcp.FileSystemWriter.write_data
 
     def act(learn):
         if learn.step == 6:
-            dcp.FileSystemWriter.write_data = lambda *a, **kw: ranks.time.sleep(learn.rank) or write(*a, **kw)
+            dcp.FileSystemWriter.write_data = lambda *a, **kw: ranks.time.sleep(learn.rank > 0) or write(*a, **kw)
             learn.save("in flight", background=True)
         if learn.step == 7 and learn.rank == 1:
             raise ValueError("the disk is on fire")
@@ -420,8 +458,20 @@ def fails_behind(folder):
         learn.fit(steps=100)
     except Exception as error:
         Path(folder, f"fails_behind.{learn.rank}.txt").write_text(f"{type(error).__name__}: {error}")
-    ranks.time.sleep(2 * learn.rank)
+    ranks.time.sleep(2 * (learn.rank > 0))
     raise SystemExit(1)
+
+
+def fails_and_killed(folder):
+    "Two ends of the same processes, one after the other, each while parts are written behind the training."
+    import torch.distributed.checkpoint as dcp
+
+    write = dcp.FileSystemWriter.write_data
+    with contextlib.suppress(SystemExit):
+        fails_behind(folder)
+    dcp.FileSystemWriter.write_data = write
+    ranks.anew(folder, "killed")
+    killed(folder)
 
 
 THERE = {FSDP: ("whole_numbers", "gan_every", "gan_at_once", "early", "bad_steps", "averaged", "steered"),
@@ -430,7 +480,7 @@ SCENARIOS = {name: partial(under, how, ranks.SCENARIOS[name]) for how, names in 
     f.__name__: f for f in (
         plain, adamw, ddp, accumulated, gan_penalty, gan_norms, bounded, spectral, tied, wrapped, cancels, cancels_others,
         interrupted, commanded, saved, saved_apart, behind, falls_back, alone, resumed, resumed_apart, resumed_alone, mixed,
-        refused, dies, killed, fails_behind)}  # fmt: skip
+        narrow, refused, dies, fails_and_killed)}  # fmt: skip
 
 
 if __name__ == "__main__":

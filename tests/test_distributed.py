@@ -4,12 +4,13 @@ What the ranks do stands in ranks.py; every launch does many things, as starting
 """
 import functools
 import os
-import socket
 import subprocess
 import sys
 import threading
 import time
 import warnings
+import weakref
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from steered import until  # noqa: E402
 
 from trainkit.attached import attach  # noqa: E402
 from trainkit.distributed import Distributed, Parcel, as_distributed, pieces  # noqa: E402
+from trainkit.launch import free_port  # noqa: E402
 from trainkit.learner import Learner  # noqa: E402
 from trainkit.ui.panel import Panel  # noqa: E402
 
@@ -30,16 +32,10 @@ EXACT = 1e-12  # float64: sums in another order
 SAME = ["plain", "adamw", "accumulated", "random_samples", "batches_in_a_list", "unused", "gan_every", "gan_at_once",
         "gan_penalty", "frozen_turns", "looked", "averaged", "early", "steered", "calm"]  # fmt: skip
 TOGETHER = ["cancels", "cancels_windows", "bad_steps"]
-TWO = [*SAME, *TOGETHER, "whole_numbers", "norms", "gan_norms", "gan_gp", "stopped_by_one", "seldom", "saved",
-       "follows", "resumed", "calm_resumed", "missing", "all_cancel", "refused"]  # fmt: skip
+TWO = [*SAME, *TOGETHER, "whole_numbers", "norms", "gan_norms", "gan_gp", "stopped_by_one", "watched", "asked_for", "seldom",
+       "saved", "follows", "resumed", "calm_resumed", "missing", "all_cancel", "refused"]  # fmt: skip
 FOUR = ["plain", "accumulated", "gan_every", "gan_penalty", "looked", "early", "stopped_by_one", "steered", "calm_resumed",
-        "whole_numbers"]  # fmt: skip
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+        "whole_numbers", *TOGETHER, "saved", "resumed", "missing", "all_cancel"]  # fmt: skip
 
 
 def environment(**more):
@@ -194,8 +190,10 @@ def test_what_one_rank_wishes_all_do_at_the_same_step(runs, n):
     assert {(r["step"], r["state"]) for r in found(runs, n, "stopped_by_one")} == {(4, "stopped")}
 
 
-def test_early_stopping_ends_all(runs):
-    assert {(r["step"], r["epoch"], r["state"]) for r in found(runs, 2, "early")} == {(18, 3, "stopped")}
+@pytest.mark.parametrize("n", [2, 4])
+def test_early_stopping_ends_all(runs, n):
+    every = found(runs, n, "early")
+    assert len(every) == n and {(r["step"], r["epoch"], r["state"]) for r in every} == {(18, 3, "stopped")}
 
 
 @pytest.mark.parametrize("n", [2, 4])
@@ -213,6 +211,24 @@ def test_only_rank_0_writes(runs):
     assert len(lines) == len({*lines}) == 18  # two writers would have written everything twice
 
 
+@pytest.mark.parametrize("where", ["script", "notebook"])
+def test_only_rank_0_shows_anything(runs, where):
+    "Lines, pictures, tables, views and writers of trainkit and of somebody's own: rank 1 has none, says nothing, has no folder."
+    first, second = (told[where] for told in found(runs, 2, "watched"))
+    assert second == {"views": [], "said": "", "told": [], "files": None}
+    assert {"Noting", "Picture", "EpochFile", "Progress"} <= {*first["views"]} and "a picture of epoch 1" in first["said"]
+    assert len(first["said"].splitlines()) > 4 + 3  # its own lines, besides the pictures'
+    assert first["told"].count("begin") == first["told"].count("finished") == 2 and "train/loss" in first["told"]
+    assert {"epochs.csv", "history.jsonl", "journal.jsonl", "checkpoints"} <= {*first["files"]}
+
+
+def test_a_precision_that_only_the_launcher_was_told_of_is_named_once(runs):
+    first, second = found(runs, 2, "asked_for")
+    ((words, where),) = first.pop(("bf16", "fp32"))
+    assert "accelerate launch asked for bf16" in words and "the learner computes in fp32: pass precision='bf16'" in words
+    assert where == "ranks.py" and not any(first.values()) and not any(second.values()) and len(second) == 4
+
+
 def test_councils_are_rare(runs):
     "Two at each epoch's end here, and some between; not one a step."
     every = found(runs, 2, "seldom")
@@ -223,9 +239,10 @@ def test_councils_are_rare(runs):
 # --------------------------------------------------------------------------------------------------------- coming back
 
 
-def test_resumed_by_as_many_ranks_nothing_has_changed(runs):
+@pytest.mark.parametrize("n", [2, 4])
+def test_resumed_by_as_many_ranks_nothing_has_changed(runs, n):
     "Dropout, a window of gradients that is open, an average, a schedule: to the bit."
-    (through, _), back = found(runs, 2, "saved"), found(runs, 2, "resumed")
+    (through, *_), back = found(runs, n, "saved"), found(runs, n, "resumed")
     assert back[0]["start"] == 8 and through["step"] == back[0]["step"] == 18
     assert_one(back)
     assert apart(through, back[0]) == 0 and through["history"] == back[0]["history"]
@@ -247,9 +264,10 @@ def test_resumed_by_a_learner_that_knows_nothing_of_ranks(runs):
     assert apart(found(runs, 2, "calm")[0], ranks.told_alone(learn)) < EXACT
 
 
-def test_what_rank_0_cannot_read_nobody_restores(runs):
-    first, second = (r["words"] for r in found(runs, 2, "missing"))
-    assert first == second and "there is no checkpoint 'never saved'" in first[0] and first[1] == "restored"
+@pytest.mark.parametrize("n", [2, 4])
+def test_what_rank_0_cannot_read_nobody_restores(runs, n):
+    first, *others = (r["words"] for r in found(runs, n, "missing"))
+    assert others == [first] * (n - 1) and "there is no checkpoint 'never saved'" in first[0] and first[1] == "restored"
 
 
 # --------------------------------------------------------------------------------------------------------------- apart
@@ -268,23 +286,26 @@ def test_what_cannot_go_together_is_refused_by_name(runs):
         assert "in the samples that an epoch begins with" in order and "in the loader 'valid'" in validated
 
 
-def test_what_one_rank_cancels_all_cancel_at_the_same_step(runs):
+@pytest.mark.parametrize("n", [2, 4])
+def test_what_one_rank_cancels_all_cancel_at_the_same_step(runs, n):
     "At every place: the ranks do what one process does that cancels there, whether one of them wants it or all."
-    every, one = found(runs, 2, "cancels"), found(runs, 1, "cancels")
-    assert every.keys() == one.keys() and len(every) > 35
-    for where, (alone,) in one.items():
+    every, one = found(runs, n, "cancels"), found(runs, 1, "cancels")
+    assert len(one) > 35 and (every.keys() == one.keys() if n == 2 else {*every} < {*one} and len(every) > 12)
+    for where, (alone,) in ((where, one[where]) for where in every):
         assert_one(every[where])
-        assert apart(every[where][0], alone) < EXACT, where
+        assert len(every[where]) == n and apart(every[where][0], alone) < EXACT, where
         for key in ("step", "epoch", "state", "updates"):
             assert {mine[key] for mine in every[where]} == {alone[key]}, where
         for series, (steps, _) in alone["history"].items():
             assert every[where][0]["history"][series][0] == steps, (where, series)
 
 
-def test_what_one_rank_cancels_in_a_window(runs):
+@pytest.mark.parametrize("n", [2, 4])
+def test_what_one_rank_cancels_in_a_window(runs, n):
     "With simultaneous updates as in one process; a window in which only one rank has cancelled is dropped by all."
-    every, one = found(runs, 2, "cancels_windows"), found(runs, 1, "cancels_windows")
-    for where, (alone,) in one.items():
+    every, one = found(runs, n, "cancels_windows"), found(runs, 1, "cancels_windows")
+    assert every.keys() == one.keys() if n == 2 else {*every} < {*one} and len(every) == 10
+    for where, (alone,) in ((where, one[where]) for where in every):
         assert_one(every[where])
         dropped = where[0] == "accumulated" and not where[-1]
         assert all(mine["step"] == alone["step"] and mine["state"] == alone["state"] for mine in every[where])
@@ -293,12 +314,13 @@ def test_what_one_rank_cancels_in_a_window(runs):
             assert 1 <= every[where][0]["updates"] <= alone["updates"], where
 
 
-def test_a_step_that_is_bad_on_one_rank_is_bad(runs):
+@pytest.mark.parametrize("n", [2, 4])
+def test_a_step_that_is_bad_on_one_rank_is_bad(runs, n):
     "An infinite loss with a finite gradient, of one sample: every rank leaves out the step."
-    every, one = found(runs, 2, "bad_steps"), found(runs, 1, "bad_steps")
+    every, one = found(runs, n, "bad_steps"), found(runs, 1, "bad_steps")
     for accumulate, (alone,) in one.items():
         assert_one(every[accumulate])
-        assert [mine["skipped"] for mine in every[accumulate]] == [alone["skipped"]] * 2 and sum(alone["skipped"].values()) == 2
+        assert [mine["skipped"] for mine in every[accumulate]] == [alone["skipped"]] * n and sum(alone["skipped"].values()) == 2
         assert apart(every[accumulate][0], alone) < EXACT
 
 
@@ -310,33 +332,38 @@ def test_the_usual_gradient_penalty_over_ranks(runs):
     assert len(steps) == 12 and all(0 < value < 1e3 for value in values)
 
 
-def test_ranks_that_would_wait_for_each_other_end_by_name(tmp_path):
+PARTED = {"alone_saves": ("rank 0 in save(), as gradients wait for more turns", "the end of step 2"),
+          "alone_validates": ("rank 0 in before_validate", "the end of step 3"),
+          "others_do": ("rank 0 in comparing their train data", "before_predict"),
+          "freezes": ("rank 1 in the turn of 'model', after step 3 (248 bytes)", "the turn of 'model', after step 3 (512 bytes)"),
+          "ends_early": ("rank 1 in after_epoch", "the turn of 'model', after step 4"),
+          "turns_alone": ("rank 1 in the command set, which failed with OSError: rank 1 has no such file",
+                          "the command set")}  # fmt: skip
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_ranks_that_would_wait_for_each_other_end_by_name(tmp_path, n):
     "Each mistake ends all ranks within seconds, with a message that names both places."
-    process = launch(2, tmp_path, "endings", PORTS=",".join(str(free_port()) for _ in ranks.ENDINGS))
-    finished(process)
-    both = [torch.load(tmp_path / f"endings.{rank}.pt", weights_only=False) for rank in range(2)]
+    finished(launch(n, tmp_path, "endings"))
+    both = [torch.load(tmp_path / f"endings.{rank}.pt", weights_only=False) for rank in range(n)]
     for words in both:
         assert max(seconds for _, seconds in words.values()) < 60  # the timeout is 600
-    parted = {"alone_saves": ("save(), as gradients wait for more turns", "rank 1 in the end of step 2"),
-              "alone_validates": ("rank 0 in before_validate", "rank 1 in the end of step 3"),
-              "others_do": ("rank 0 in comparing their train data", "rank 1 in before_predict"),
-              "freezes": ("the turn of 'model', after step 3 (512 bytes)", "rank 1 in the turn of 'model', after step 3 (248"),
-              "ends_early": ("the turn of 'model', after step 4", "rank 1 in after_epoch")}  # fmt: skip
-    for name, names in parted.items():
-        for words in both:
-            assert words[name][0].startswith("RankError: ") and "the ranks are in different calls" in words[name][0], words[name]
-            assert all(text in words[name][0] for text in names), words[name]
+    for name, (culprit, place) in PARTED.items():
+        for rank, words in enumerate(both):
+            said, other = words[name][0], max(rank, 1) if culprit.startswith("rank 0") else 0 if rank < 2 else rank
+            assert said.startswith("RankError: ") and "the ranks are in different calls" in said, said
+            assert culprit in said and f"rank {other} in {place}" in said, said
     for words in both:
-        assert "rank 0 in the command set" in words["turns_alone"][0], words["turns_alone"]
-        assert "rank 1 in the command set, which failed with OSError: rank 1 has no such file" in words["turns_alone"][0]
         assert "the ranks have parted: rank 0 stands at" in words["drifts"][0] and "'lr': {'model': [0.0" in words["drifts"][0]
         assert "after step 3: the ranks tell different losses, this one squared" in words["tells_more"][0]
         assert "41 loss terms" in words["tells_much"][0] and "up to 30 are put together" in words["tells_much"][0]
-    told = {"interrupted_looking": "KeyboardInterrupt", "interrupted_twice": "KeyboardInterrupt",
-            "too_few": "ValueError: Expected more than 1 value per channel"}  # fmt: skip
-    for name, text in told.items():
-        assert both[1][name][0].startswith(text) and f"rank 1 failed: {text}" in both[0][name][0], both[0][name]
-    assert "batch norm needs two samples on each rank: batches of at least 4" in both[0]["too_few"][0]
+    told = {"interrupted_looking": (1, "KeyboardInterrupt"), "interrupted_twice": (1, "KeyboardInterrupt"),
+            "too_few": (n - 1, "ValueError: Expected more than 1 value per channel")}  # fmt: skip
+    for name, (culprit, text) in told.items():
+        for rank, words in enumerate(both):
+            heard = text if rank == culprit else f"RankError: rank {rank} can't go on: rank {culprit} failed: {text}"
+            assert words[name][0].startswith(heard), words[name]
+    assert f"batch norm needs two samples on each rank: batches of at least {2 * n}" in both[0]["too_few"][0]
 
 
 def test_layers_that_ranks_cannot_train_are_refused_by_name():
@@ -384,26 +411,41 @@ def test_signals_are_put_back_on_every_rank(monkeypatch):
     assert signal.getsignal(signal.SIGUSR1) is before
 
 
-def test_a_turn_that_nobody_makes_is_no_fault(runs):
-    every = found(runs, 2, "all_cancel")
+@pytest.mark.parametrize("n", [2, 4])
+def test_a_turn_that_nobody_makes_is_no_fault(runs, n):
+    every = found(runs, n, "all_cancel")
     assert_one(every)
     assert every[0]["state"] == "finished" and 3 not in every[0]["history"]["train/loss"][0]
 
 
+def unlaunched(n, folder, name, script="ranks.py"):
+    "Without a launcher, which would end the others by force."
+    among = {"WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    start = [sys.executable, str(HERE / script), str(folder), name]
+    return [subprocess.Popen(start, env=environment(RANK=rank, LOCAL_RANK=rank, **among), cwd=folder, stderr=subprocess.PIPE,
+                             text=True) for rank in range(n)]  # fmt: skip
+
+
+def ended(processes, seconds=300):
+    "What each has said on stderr, once all have ended; nobody stays behind who hasn't."
+    try:
+        return [process.communicate(timeout=seconds)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
 @pytest.mark.parametrize("n", [2, 4])
-@pytest.mark.parametrize("name, words", [("fails", "rank 1 failed: ValueError: the disk is on fire"),
-                                         ("killed", "a rank was lost without a word (killed")])  # fmt: skip
-def test_one_end_is_everybodys(tmp_path, name, words, n):
-    "Without a launcher that would end the others by force: they end by themselves."
-    port = free_port()
-    every = [subprocess.Popen([sys.executable, str(HERE / "ranks.py"), str(tmp_path), name], cwd=tmp_path, stderr=subprocess.PIPE,
-                              env=environment(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=n, LOCAL_WORLD_SIZE=n, MASTER_PORT=port,
-                                              MASTER_ADDR="127.0.0.1"), text=True) for rank in range(n)]  # fmt: skip
-    said = [process.communicate(timeout=300)[1] for process in every]
-    assert all(process.returncode != 0 for process in every)
-    for rank in {*range(n)} - {1}:
-        told = (tmp_path / f"{name}.{rank}.txt").read_text()
-        assert told.startswith(f"RankError: rank {rank} can't go on: ") and words in told, said[rank][-2000:]
+def test_one_end_is_everybodys(tmp_path, n):
+    "The others end by themselves: with the words of the rank that failed, and where one was killed, because it is gone."
+    every = unlaunched(n, tmp_path, "fails_and_killed")
+    said = ended(every)
+    assert [process.returncode for process in every] == [-9 if rank == 1 else 1 for rank in range(n)], said
+    ends = {"fails": "rank 1 failed: ValueError: the disk is on fire", "killed": "a rank was lost without a word (killed"}
+    for name, words in ends.items():
+        for rank in {*range(n)} - {1}:
+            told = (tmp_path / f"{name}.{rank}.txt").read_text()
+            assert told.startswith(f"RankError: rank {rank} can't go on: ") and words in told, said[rank][-2000:]
 
 
 @pytest.mark.parametrize("name, words", [
@@ -415,25 +457,26 @@ def test_a_launcher_tells_whose_fault_it_was(tmp_path, name, words):
     assert process.returncode != 0 and f"ValueError: {words}" in out
 
 
-def of_tests():
-    "The processes that run ranks.py, by their numbers."
+def at_work(folder):
+    "The processes that run ranks.py in this folder, by their numbers."
     found = set()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            found |= {int(path.parent.name)} if str(HERE / "ranks.py").encode() in path.read_bytes() else set()
+            said = path.read_bytes().split(b"\0")
+            found |= {int(path.parent.name)} if {str(HERE / "ranks.py").encode(), str(folder).encode()} <= {*said} else set()
         except OSError:  # it has ended meanwhile
             pass
     return found
 
 
 def test_a_launched_job_is_steered_through_its_folder(tmp_path):
-    before = of_tests()
     process = launch(2, tmp_path, "endless")
     try:
         end = time.monotonic() + 200
         while not (tmp_path / "endless" / "status.json").exists():
             assert time.monotonic() < end and process.poll() is None, process.communicate()[0][-2000:]
             time.sleep(0.1)
+        assert len(at_work(tmp_path)) >= 2
         run = attach(tmp_path / "endless")
         panel = Panel(run)
         assert panel.widget is not None  # as a notebook shows it
@@ -463,7 +506,7 @@ def test_a_launched_job_is_steered_through_its_folder(tmp_path):
     assert_one(both)
     assert {r["lr"] for r in both} == {0.0125} and {r["state"] for r in both} == {"stopped"}
     assert both[0]["changed"] == both[1]["changed"] == [(saved.step, 0.0125)]  # the next step after the pause, on both
-    assert not [pid for pid in sorted(of_tests()) if pid not in before], "a rank has outlived its launcher"
+    assert not at_work(tmp_path), "a rank has outlived its launcher"
 
 
 # --------------------------------------------------------------------------------------------------------- one process
@@ -536,3 +579,44 @@ def test_a_word_reaches_whoever_waits():
     teller.join()
     assert "rank 0 can't go on: rank 1 failed: ValueError: no data" in str(error)
     assert str(teams[0].lost(RuntimeError("again"))) == str(error)
+
+
+def test_who_hears_of_an_end_lets_go_of_what_the_failed_call_holds():
+    "Or a third rank, which waits for this one, would hear of it seconds later."
+    from trainkit.team import Talking
+
+    class Connection:
+        pass
+
+    def call():
+        connection = Connection()
+        seen.append(weakref.ref(connection))
+        raise RuntimeError("Connection closed by peer")
+
+    team, seen, held = Talking(cpu=True), [], []
+    team.size, team.store = 1, torch.distributed.HashStore()
+    team.store.set("trainkit/failed", "rank 2 failed: ValueError: no data")
+    team._leave = lambda: held.append(seen[0]() is not None)
+    try:
+        call()
+    except RuntimeError as error:
+        team._leave()
+        assert "rank 2 failed" in str(team.lost(error))
+    assert held == [True, False]
+
+
+def test_a_rank_that_is_in_another_call_and_says_nothing_is_not_waited_for(monkeypatch):
+    "It was cut off, or killed, at this moment."
+    from trainkit.team import Checked, RankError
+
+    team = Checked(cpu=True)
+    team.size, team.store, team.PATIENCE = 2, torch.distributed.HashStore(), timedelta(milliseconds=10)
+
+    def all_gather(found, mine):
+        for theirs, head in zip(found, (mine, mine + (1 << 32))):
+            theirs.copy_(head)
+
+    monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
+    monkeypatch.setattr(team, "fail", lambda why, word="": None)
+    with pytest.raises(RankError, match="rank 1 in another call, of which it has said nothing, rank 0 in a test"):
+        team.numbers(0, "a test")

@@ -23,10 +23,12 @@ from .checkpoint import Locked
 from .sharded import in_parts, mapped, where_it_lies
 from .storage import PARTS as PARTS  # people look for it here, too
 from .storage import CheckpointError, _sync_folder, fault_in, read_checkpoint, save_checked, sums_of, write_atomically
+from .team import from_afar
 
 # %% auto #0
-__all__ = ['MARK', 'is_mark', 'taken_apart', 'in_our_words', 'alone', 'written_by', 'store_parts', 'read_back', 'clear_parts',
-           'Plain', 'described', 'PartsError', 'looked_through', 'fill', 'place_for', 'with_parts', 'held', 'convert']
+__all__ = ['MARK', 'is_mark', 'taken_apart', 'in_our_words', 'Lone', 'unwarned', 'written_by', 'store_parts', 'read_back',
+           'clear_parts', 'Plain', 'described', 'PartsError', 'looked_through', 'fill', 'place_for', 'with_parts',
+           'held', 'convert']
 
 # %% ../nbs/66a_converter.ipynb #e96a93a5
 MARK = "trainkit.part"  # what stands for a tensor that lies in parts
@@ -69,16 +71,29 @@ def in_our_words(what: str, path: Path) -> Iterator[None]:
         rank, (failure, _) = next(iter(error.failures.items()))
         if isinstance(failure, KeyboardInterrupt):
             raise failure from None
-        lost = isinstance(failure, RuntimeError) and "onnection" in str(failure)  # an OSError may speak of any path
-        if lost or isinstance(failure, torch.distributed.DistError):
+        if from_afar(failure):
             raise RuntimeError(f"Connection closed: {failure}") from error
         raise CheckpointError(f"could not {what} {path}: rank {rank}: {type(failure).__name__}: {failure}") from error
 
+# %% ../nbs/66a_converter.ipynb #e9b80ab2
+class Lone:
+    "One process, for who asks a team."
 
+    rank, size, group = 0, 1, None
+
+    def gather(self, thing: Any, what: str = "") -> list[Any]:
+        "What this process has."
+        return [thing]
+
+    def from_first(self, make: Callable[[], Any]) -> Any:
+        "What `make` gives."
+        return make()
+
+# %% ../nbs/66a_converter.ipynb #0a1f3e1f
 @contextlib.contextmanager
-def alone(team: Any) -> Iterator[None]:
-    "Inside, torch doesn't warn that there are no other ranks. (Where there are some, a thread may be at work behind this one.)"
-    if team is not None:
+def unwarned(team: Any) -> Iterator[None]:
+    "Inside, torch doesn't warn one process that it is alone. (Where others are, a thread may be at work behind this one.)"
+    if team.size > 1:
         yield
         return
     with warnings.catch_warnings():
@@ -90,39 +105,38 @@ def written_by(folder: Path, rank: int) -> list[str]:
     "The files that a rank has written; torch's description of them all is rank 0's."
     return sorted(p.name for p in folder.glob(f"__{rank}_*")) + [".metadata"] * (rank == 0)
 
-# %% ../nbs/66a_converter.ipynb #e9b80ab2
+# %% ../nbs/66a_converter.ipynb #52b3df6e
 def store_parts(
     path: Path,  # of the checkpoint file that is to be written next
     tensors: Mapping[str, Tensor],  # by name, each rank with its parts
-    team: Any,  # the ranks; None: this process alone, with whole tensors
+    team: Any,  # the ranks; a `Lone` has whole tensors
 ) -> dict[str, Any]:
     "Write what ranks have into the folder beside a checkpoint; returns what the checkpoint must say of it."
     import torch.distributed.checkpoint as dcp
 
-    first, group = (lambda make: make(), None) if team is None else (team.from_first, getattr(team, "group", None))
     folder = path.with_suffix(".parts")
-    temp = Path(first(lambda: _made_temp(folder)))
+    temp = Path(team.from_first(lambda: _made_temp(folder)))
     try:
-        with in_our_words("write", folder), alone(team):
+        with in_our_words("write", folder), unwarned(team):
             writer = dcp.FileSystemWriter(temp, sync_files=True)
-            dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=team is None)
+            dcp.save(dict(tensors), storage_writer=writer, process_group=team.group, no_dist=team.size == 1)
         every = read_back(temp, folder, team)
     except CheckpointError:  # all ranks have it, and have stopped writing
-        if team is None or not team.rank:
+        if not team.rank:
             shutil.rmtree(temp, ignore_errors=True)
         raise
-    first(lambda: _publish(temp, folder, every))
+    team.from_first(lambda: _publish(temp, folder, every))
     return {"folder": folder.name, "files": every}
 
 
 def read_back(temp: Path, folder: Path, team: Any) -> dict[str, list[int]]:
     "Sizes and checksums of all files, each read by the rank that wrote it; CheckpointError on all ranks if one can't."
-    rank, sums, fault = 0 if team is None else team.rank, {}, ""
+    sums, fault = {}, ""
     try:
-        sums = sums_of(temp, written_by(temp, rank))
+        sums = sums_of(temp, written_by(temp, team.rank))
     except OSError as error:
-        fault = f"could not write {folder}: rank {rank}: {error}"
-    said = [(sums, fault)] if team is None else team.gather((sums, fault))
+        fault = f"could not write {folder}: rank {team.rank}: {error}"
+    said = team.gather((sums, fault))
     if found := next((fault for _, fault in said if fault), ""):
         raise CheckpointError(found)
     return {name: sums for theirs, _ in said for name, sums in theirs.items()}
@@ -205,16 +219,15 @@ class PartsError(CheckpointError):
 def looked_through(
     folder: Path,  # of parts
     files: Mapping[str, Any],  # size and checksum of each, by name
-    team: Any = None,  # the ranks, all of which call; None: this process alone
+    team: Any,  # the ranks, all of which call
 ) -> Any:
     "Torch's description of parts that are in order; each file is read by one of the ranks, and PartsError is raised on all."
-    rank, size = (0, 1) if team is None else (team.rank, team.size)
-    fault, metadata = fault_in(folder, {name: files[name] for name in sorted(files)[rank::size]}), None
+    fault, metadata = fault_in(folder, {name: files[name] for name in sorted(files)[team.rank :: team.size]}), None
     try:
         metadata = described(folder, files)
     except CheckpointError as error:
         fault = fault or str(error).removeprefix(f"cannot read {folder}: ")
-    faults = [fault] if team is None else team.gather(fault, "a look at the parts of a checkpoint")
+    faults = team.gather(fault, "a look at the parts of a checkpoint")
     if found := next(filter(None, faults), ""):
         raise PartsError(folder, found)
     return metadata
@@ -223,7 +236,7 @@ def looked_through(
 def fill(
     parts: Mapping[str, Any],  # what a checkpoint says of its parts
     wanted: Mapping[str, Tensor],  # by name; they become what was saved, each rank's parts on each rank
-    team: Any = None,  # the ranks, all of which call; None: this process alone
+    team: Any,  # the ranks, all of which call
 ) -> None:
     "Read tensors from parts; every file is checked, by one of the ranks."
     import torch.distributed.checkpoint as dcp
@@ -233,8 +246,8 @@ def fill(
     metadata.storage_meta.load_id = reader.load_id
     reader.read_metadata = lambda *a, **kw: metadata  # type: ignore[method-assign]  # torch would unpickle it
     try:
-        with in_our_words("read", folder), alone(team):
-            dcp.load(dict(wanted), storage_reader=reader, no_dist=team is None)
+        with in_our_words("read", folder), unwarned(team):
+            dcp.load(dict(wanted), storage_reader=reader, no_dist=team.size == 1)
     except CheckpointError as error:
         raise PartsError(folder, str(error)) from error
 
@@ -270,7 +283,7 @@ def with_parts(
         wanted: dict[str, Tensor] = {}
         state.pop(PARTS)
         state = place_for(state, None, wanted)
-        fill(parts, wanted)
+        fill(parts, wanted, Lone())
     return {**content, "state": state}
 
 # %% ../nbs/66a_converter.ipynb #a98c51b2
@@ -311,7 +324,7 @@ def _convert(path: Path, to: str, new: Path) -> None:
     content = read_checkpoint(path)
     if to == "sharded":
         state, tensors = _apart(content["state"])
-        content = {**content, "state": {**state, PARTS: store_parts(new, tensors, None)}}
+        content = {**content, "state": {**state, PARTS: store_parts(new, tensors, Lone())}}
     write_atomically(new, partial(save_checked, content))
 
 

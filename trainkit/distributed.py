@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import os
 import pkgutil
 import time
 import warnings
@@ -29,7 +30,7 @@ from .callbacks.clip import undivided
 from .checkpoint import Entry, Which
 from .commands import Command, check_command
 from .data import describe
-from .device import pick_device, to_device
+from .device import DTYPES, pick_device, to_device
 from .failure import add_note
 from .evaluate import Gathered
 from .learner import Learner
@@ -43,10 +44,11 @@ from .team import Deciding, RankError
 
 # %% auto #0
 __all__ = ['CANCELS', 'MEETINGS', 'BEHIND', 'SLOTS', 'HEAD', 'WISHES', 'FIRST_ALONE', 'ALONE', 'Distributed', 'as_distributed',
-           'pieces', 'Parcel', 'shows', 'Nowhere', 'Member', 'Alike', 'in_front_of', 'Drawing', 'rank_among', 'is_own',
-           'Meeting', 'Numbers', 'Hearkening', 'Joining', 'Turning', 'Settling', 'Owing', 'Hearing', 'Council',
-           'Heeding', 'Wishing', 'Levelling', 'Fitting', 'Refusing', 'Beginning', 'stateful', 'put_together', 'sum_of',
-           'Sharing', 'Looking', 'Walking', 'Lender', 'Returning', 'Saving', 'Ranked', 'ranked']
+           'pieces', 'Parcel', 'shows', 'check_precision', 'Nowhere', 'Member', 'Alike', 'in_front_of', 'Drawing',
+           'rank_among', 'is_own', 'Meeting', 'Numbers', 'Hearkening', 'Joining', 'Turning', 'Settling', 'Owing',
+           'Hearing', 'Council', 'Heeding', 'Wishing', 'Levelling', 'Fitting', 'Refusing', 'Beginning', 'stateful',
+           'put_together', 'sum_of', 'Sharing', 'Looking', 'Walking', 'Lender', 'Returning', 'Saving', 'Ranked',
+           'ranked']
 
 # %% ../nbs/65b_distributed.ipynb #cd2b1e2f
 @dataclass(frozen=True)
@@ -128,10 +130,22 @@ class Parcel:
 
 # %% ../nbs/65b_distributed.ipynb #b1e546db
 def shows(cb: Any) -> bool:
-    "Is this callback there for somebody to look at?"
-    return type(cb).__module__.startswith("trainkit.ui.")
+    "Is this callback there for somebody to look at? So is what somebody made of trainkit's views and writers."
+    return any(base.__module__.startswith("trainkit.ui.") for base in type(cb).__mro__)
 
 
+def check_precision(
+    given: str,  # to the learner
+) -> None:
+    "Warn where `accelerate launch` was told of another precision: Accelerate's own objects would compute in it, learners don't."
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked in ("", "no", given):
+        return
+    advice = f"pass precision={asked!r}" if asked in DTYPES else f"precision=… takes {', '.join(DTYPES)}"
+    warnings.warn(f"accelerate launch asked for {asked} (--mixed_precision), the learner computes in {given}: {advice}",
+                  stacklevel=4)  # fmt: skip
+
+# %% ../nbs/65b_distributed.ipynb #ae32ca09
 class Nowhere:
     "What ranks other than the first have in place of checkpoints."
 
@@ -177,12 +191,14 @@ class Member(Learner):
     def __repr__(self) -> str:
         return super().__repr__() + (f"\n  {self.team!r}" if self.team.size > 1 else "")
 
-# %% ../nbs/65b_distributed.ipynb #6d62c7a6
+# %% ../nbs/65b_distributed.ipynb #41ca81d5
 class Alike(Member):
     "Ranks that begin alike."
 
     def _place(self, compile: bool | dict) -> None:
         super()._place(compile)
+        if not self.team.rank:
+            check_precision(self.precision.name)
         if not self.team.together:
             return
         self.stream.seed = self.team.share(self.stream.seed, "the making of a learner")  # type: ignore[attr-defined]

@@ -29,20 +29,20 @@ from .player import Player, backward, share, unwrapped
 from .sharded import Divided, cut_alike, cut_like, made_whole
 from .state import misshapen
 from .storage import Background, CheckpointError
-from .team import RankError
+from .team import RankError, from_afar
 
 # %% auto #0
-__all__ = ['MATRICES', 'WHOLE', 'HINTS', 'kinds_of', 'unfuse', 'Parting', 'Parted', 'from_afar', 'Asking', 'Gathered', 'Summing',
+__all__ = ['MATRICES', 'NEED_WHOLE', 'HINTS', 'kinds_of', 'unfuse', 'Parting', 'Parted', 'Asking', 'Convening', 'Summing',
            'Descending', 'Exchanging', 'Awaiting', 'Accompanying', 'moments_of', 'Cutting', 'Aside', 'Behind', 'Parts',
            'Writing', 'Sharded']
 
 # %% ../nbs/66b_fsdp.ipynb #c3f80c19
 MATRICES = {"Muon": "orthogonalises whole matrices", "Adafactor": "takes means of rows and columns",
             "LBFGS": "takes products of whole gradients", "SparseAdam": "takes sparse gradients"}  # fmt: skip
-WHOLE = {"AdaptiveClip": "it measures units of whole weights", "AutoClip": "it keeps norms that lie in parts",
-         "NumericsTracer": "it copies the state of one process", "Recent": "it keeps whole states in memory",
-         "SWA": "its weights are not put in place in parts", "PastMeans": "its term is made of whole weights",
-         "Reading": "it measures gradients and steps of whole weights"}  # fmt: skip
+NEED_WHOLE = {"AdaptiveClip": "it measures units of whole weights", "AutoClip": "it keeps norms that lie in parts",
+              "NumericsTracer": "it copies the state of one process", "Recent": "it keeps whole states in memory",
+              "SWA": "its weights are not put in place in parts", "PastMeans": "its term is made of whole weights",
+              "Reading": "it measures gradients and steps of whole weights"}  # fmt: skip
 
 
 def kinds_of(optimizer: Any) -> list[str]:
@@ -86,6 +86,7 @@ class Parting(Ranked):
         self._told_of = own_code([*tops.values()]), architectures(self.players)
         mesh, how = init_device_mesh(self.team.device.type, (self.team.size,)), self.how
         self._divided = {key: Divided(top, mesh, how.wrap, how.hold, self._policy(top)) for key, top in tops.items()}
+        self.team.closing = tuple(divided.leave for divided in self._divided.values())
 
     def _policy(self, module: nn.Module) -> Any:
         from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -120,7 +121,7 @@ class Parted(Parting):
         return {**found, "code": {**code, **steps}, "architecture": architecture}
 
     def _prepare(self, target: Any) -> None:
-        for name, why in WHOLE.items():  # of it, or of a class that is made of it: PastMeans is HistoricalAverage's
+        for name, why in NEED_WHOLE.items():  # of it, or of a class that is made of it: PastMeans is HistoricalAverage's
             if self.team.together and (found := self.cbs.get(name)) is not None:
                 raise ValueError(f"{type(found).__name__} and distributed='fsdp': {why}; leave it out, or take 'ddp'")
         super()._prepare(target)
@@ -135,13 +136,6 @@ class Parted(Parting):
         super()._bind()
 
 # %% ../nbs/66b_fsdp.ipynb #ea9c0bdf
-def from_afar(error: BaseException) -> bool:
-    "Is it what torch raises when a rank is lost?"
-    said = ("gloo", "NCCL", "onnection closed", "onnection reset", "process group", "Process group", "ProcessGroup")
-    chain = [error, *filter(None, [error.__cause__, error.__context__])]
-    return any(isinstance(e, dist.DistError) or any(word in str(e) for word in said) for e in chain)
-
-
 HINTS = {"storage of size 0": "its backward goes through a backward (a penalty?), when its parameters have been let go of",
          "mixed torch.Tensor and DTensor": "parameters are used outside of their module's forward"}  # fmt: skip
 
@@ -165,7 +159,7 @@ class Asking(Parted):
             raise
 
 # %% ../nbs/66b_fsdp.ipynb #f3fe6ca2
-class Gathered(Asking):
+class Convening(Asking):
     "Meets the others in every turn."
 
     _samples: float = 1.0  # in the joint batch
@@ -198,7 +192,7 @@ class Gathered(Asking):
             super()._turn(player)
 
 # %% ../nbs/66b_fsdp.ipynb #f1392923
-class Summing(Gathered):
+class Summing(Convening):
     "Sums up gradients and statistics."
 
     _waiting: frozenset[str] = frozenset()  # players with gradients that were not summed up

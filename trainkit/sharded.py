@@ -144,6 +144,12 @@ class Divided(Dividing):
         self.close()
         self.sync(not self.hold)
 
+    def leave(self) -> None:
+        "Let go of the ranks' connections, which a module would hold open as long as it is there."
+        for info in (group.mesh_info for group in self._groups()):
+            info.shard_process_group = None
+            getattr(info.mesh, "_pg_registry", {}).clear()
+
     def drop(self) -> None:
         "Forget gradients that were not summed up."
         self.used.clear()

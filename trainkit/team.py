@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import os
 import time
+import traceback
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -21,7 +22,7 @@ from torch import Tensor
 from .device import preserve_rng, rng_state, set_rng_state
 
 # %% auto #0
-__all__ = ['leave', 'engine', 'RankError', 'Failing', 'Team', 'Checked', 'Talking', 'Deciding']
+__all__ = ['leave', 'engine', 'RankError', 'from_afar', 'Failing', 'Team', 'Checked', 'Talking', 'Deciding']
 
 # %% ../nbs/65_team.ipynb #03e72654
 def leave() -> None:
@@ -55,6 +56,13 @@ class RankError(RuntimeError):
     "The ranks of a training can't go on together: one failed, was lost, or decided otherwise than the others."
 
 
+def from_afar(error: BaseException) -> bool:
+    "Is it what torch raises when a rank is lost? Other errors than RuntimeErrors may speak of any path."
+    said = ("gloo", "NCCL", "onnection closed", "onnection reset", "process group", "Process group", "ProcessGroup")
+    chain = [e for e in (error, error.__cause__, error.__context__) if isinstance(e, RuntimeError)]
+    return any(isinstance(e, dist.DistError) or any(word in str(e) for word in said) for e in chain)
+
+# %% ../nbs/65_team.ipynb #207dbb63
 class Failing:
     "How a rank learns of another's end, and tells of its own."
 
@@ -62,6 +70,7 @@ class Failing:
     size: int = 1
     store: Any = None  # the key-value store of the process group
     broken: str = ""  # why there is nobody to talk to any more
+    closing: tuple[Callable[[], None], ...] = ()  # what lets go of the process group: whoever keeps it keeps its connections
 
     def fail(self, why: str, word: str = "") -> None:
         "Tell the others why this rank ends (or another `word`), and let go of them."
@@ -74,6 +83,8 @@ class Failing:
 
     def _leave(self) -> None:
         "Close the connections; wait a little, so that whoever keeps the store doesn't take the word along."
+        for close in self.closing:
+            close()
         if dist.is_initialized():
             dist.destroy_process_group()
         heard, end = self.store.add("trainkit/heard", 1), time.monotonic() + 3
@@ -84,6 +95,7 @@ class Failing:
     def lost(self, error: BaseException) -> RankError:
         "What to raise when a collective call has failed: the word that somebody left, or that nobody did."
         if not self.broken:
+            traceback.clear_frames(error.__traceback__)
             said, end = "", time.monotonic() + 1
             with suppress(RuntimeError):
                 while not said and time.monotonic() < end:
@@ -106,6 +118,7 @@ class Team(Failing):
         timeout: float = 600.0,  # seconds that a rank waits for the others before it gives up
     ):
         state = engine(cpu, timeout)
+        self.group = None  # torch's default one: of all ranks
         self.rank, self.size, self.device = state.process_index, state.num_processes, state.device
         self.store = dist.distributed_c10d._get_default_store() if self.size > 1 else None
         self.calls, self.bytes = 0, 0  # sums so far, and what they carried
@@ -143,11 +156,24 @@ class Team(Failing):
 class Checked(Team):
     "A team that notices when its ranks are in different calls."
 
+    PATIENCE = timedelta(seconds=30)  # for another rank's word on where it is
+
     def __init__(self, cpu: bool = False, timeout: float = 600.0):
         super().__init__(cpu, timeout)
         self._call, self._known = 0, set[tuple[int, ...]]()  # calls so far; the sizes of sums that all ranks have made
 
-    def _part(self, rank: int, theirs: str, what: str) -> None:
+    def _call_of(self, rank: int) -> str:
+        "What another rank says of the call that it is in."
+        key = f"trainkit/at/{self._call}/{rank}"
+        try:
+            self.store.wait([key], self.PATIENCE)
+        except RuntimeError:
+            return "another call, of which it has said nothing"
+        return self.store.get(key).decode()
+
+    def _part(self, rank: int, what: str) -> None:
+        self.store.set(f"trainkit/at/{self._call}/{self.rank}", what)
+        theirs = self._call_of(rank)
         said = (f"the ranks are in different calls: rank {rank} in {theirs}, rank {self.rank} in {what}. What ranks do "
                 "together (fit, validate, test, predict, restore, save), all of them must call")  # fmt: skip
         self.fail(said, word=said)
@@ -165,8 +191,7 @@ class Checked(Team):
             heads = torch.cat(found).tolist()
             for rank, head in enumerate(heads):
                 if head >> 32 != heads[self.rank] >> 32:
-                    self.store.set(f"trainkit/at/{self._call}/{self.rank}", what)
-                    self._part(rank, self.store.get(f"trainkit/at/{self._call}/{rank}").decode(), what)
+                    self._part(rank, what)
         return [head & 0xFFFFFFFF for head in heads]
 
 # %% ../nbs/65_team.ipynb #b2fac314
