@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,9 +22,13 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from trainkit.checkpoint import Checkpoints
 from trainkit.cli import app, main
+from trainkit.commands import COMMANDS
+from trainkit.control import LOOKS
 from trainkit.history import History
 from trainkit.learner import Learner
+from trainkit.mailbox import read_status
 from trainkit.optim import OptimBuilder
 from trainkit.runs import runs, sessions_of
 from trainkit.settings import SettingsError, load_settings
@@ -87,6 +92,8 @@ def test_runs_lists_what_the_library_lists(project):
     rows = [json.loads(line) for line in here("runs", project / "runs", "--json", cwd=project).stdout.splitlines()]
     assert [(row["name"], row["step"]) for row in rows] == [("quick", 9), ("slow", 6), ("warmer", 3)]
     assert here("runs", "--tree", cwd=project).stdout.splitlines()[2].startswith("└─ warmer")
+    (project / "none").mkdir()
+    assert here("runs", project / "none", "--json", cwd=project).stdout == "", "no runs are no lines"
     nothing = here("runs", project / "nowhere", cwd=project)
     assert nothing.returncode == 3 and "there is no such folder" in nothing.stdout
 
@@ -115,6 +122,48 @@ def test_what_draws_says_what_it_lacks(project, words, monkeypatch):
     done = here(*words, cwd=project)
     assert done.returncode == 2 and "pip install matplotlib" in done.stderr and not done.stdout
     assert not (project / "no.x").exists()
+
+
+def test_a_run_whose_history_is_lost_is_shown_without_it(project, tmp_path):
+    shutil.copytree(project / "runs" / "quick", run := tmp_path / "runs" / "lost")
+    (run / "history.jsonl").write_bytes(b"\xff\x00 garbage\n")
+    text, told = here("show", "lost", cwd=tmp_path), here("show", "lost", "--json", cwd=tmp_path)
+    assert text.returncode == told.returncode == 0 and not text.stderr, text.stderr
+    for said in ("history.jsonl can't be read", "model/lr 0.1", "3 checkpoints in", "finished  step"): assert said in text.stdout
+    assert json.loads(told.stdout)["series"] == {} and "history.jsonl" in json.loads(told.stdout)["fault"]
+    (run / "history.jsonl").unlink()
+    (run / "history.jsonl").mkdir()
+    assert "history.jsonl: Is a directory" in here("show", "lost", cwd=tmp_path).stdout
+    assert here("show", "lost", "--html", "deep/lost.html", cwd=tmp_path).returncode == 0
+    page = (tmp_path / "deep" / "lost.html").read_text()
+    assert "Is a directory" in page and "model/lr" in page
+
+
+def test_a_warning_is_one_line_and_told_once(project, tmp_path):
+    shutil.copytree(project / "runs" / "quick", run := tmp_path / "runs" / "torn")
+    with open(run / "history.jsonl", "a") as file: file.write("torn{\n")
+    done = call("show", "torn", cwd=tmp_path)
+    assert done.returncode == 0 and "valid/loss" in done.stdout
+    where = os.path.join("runs", "torn", "history.jsonl")
+    lines = (run / "history.jsonl").read_text().count("\n")
+    assert done.stderr == f"warning: {where}: left out 1 unreadable of {lines} lines: {lines}\n"
+
+
+@pytest.mark.parametrize("words", [("compare", "slow", "quick", "--plot"), ("show", "slow", "--html"),
+                                   ("export", "slow", "--to", "safetensors", "--out")])  # fmt: skip
+def test_a_files_folder_is_made_and_a_folder_is_no_file(project, words):
+    name = f"new-{words[0]}/deep/a.png"
+    done = here(*words, name, cwd=project)
+    assert done.returncode == 0 and (project / name).stat().st_size > 100, done.stderr
+    before = sorted(project.rglob("*"))
+    refused = here(*words, "runs", cwd=project)
+    assert refused.returncode == 2 and refused.stderr == "runs is a folder: say the name of a file in it\n"
+    assert sorted(project.rglob("*")) == before
+
+
+def test_compare_names_what_there_is(project):
+    done = here("compare", "slow", "quick", "--names", "vlid/*", cwd=project)
+    assert done.returncode == 2 and "there are: valid/loss" in done.stderr and "train/loss" in done.stderr
 
 
 def test_compare_and_its_picture(project):
@@ -162,11 +211,28 @@ def test_what_is_set_holds_over_the_script_and_nothing_else_changes(tmp_path, or
     (["--set", "lr", "train.py"], "accepted: KEY=VALUE", 2),
     (["gone.py"], "there is no file gone.py", 3),
     (["--out", "x.ipynb", "train.py"], "--out is for notebooks", 2),
+    (["README.md"], "a Python script (.py) or a notebook (.ipynb) is run; received README.md", 2),
+    (["--out", "deep", "a.ipynb"], "deep is a folder", 2),
 ])  # fmt: skip
-def test_what_cannot_be_run_is_said_before_anything_starts(tmp_path, words, said, status):
-    (tmp_path / "train.py").write_text("open('started', 'w')")
+def test_what_cannot_be_run_is_said_before_anything_starts(tmp_path, words, said, status, monkeypatch):
+    monkeypatch.setattr(os, "execv", lambda *words: pytest.fail("a script took this process's place"))
+    for file in ("train.py", "README.md"): (tmp_path / file).write_text("open('started', 'w')")
+    notebook(tmp_path / "a.ipynb", "open('started', 'w')")
+    (tmp_path / "deep").mkdir()
     done = here("run", *words, cwd=tmp_path)
     assert done.returncode == status and said in done.stderr and not (tmp_path / "started").exists()
+
+
+def test_a_script_that_has_no_suffix_is_run(tmp_path):
+    (tmp_path / "train").write_text("print(6 * 7)")
+    done = call("run", "train", cwd=tmp_path)
+    assert done.stdout == "42\n" and done.returncode == 0, done.stderr
+
+
+def test_a_setting_that_the_fit_refuses_is_named(tmp_path):
+    (tmp_path / "train.py").write_text(SCRIPT)
+    done = call("run", "--set", "monitor=valid/foo", "train.py", cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.endswith("(settings: --set [trainkit] monitor)\n"), done.stderr
 
 
 def test_a_notebook_runs_in_its_folder(tmp_path):
@@ -177,10 +243,11 @@ def test_a_notebook_runs_in_its_folder(tmp_path):
     (tmp_path / "deep").mkdir()
     kernel = {"kernelspec": {"name": "python3", "display_name": "python3"}}
     nbformat.write(new_notebook(cells=[new_code_cell(c) for c in cells], metadata=kernel), tmp_path / "deep" / "a.ipynb")
-    done = call("run", "--set", "optimizer.lr=0.25", "--out", "b.ipynb", "deep/a.ipynb", cwd=tmp_path)
+    done = call("run", "--set", "optimizer.lr=0.25", "--out", "new/b.ipynb", "deep/a.ipynb", cwd=tmp_path)
     assert done.stdout.split() == ["rate", "0.25", "42"] and done.returncode == 0, done.stderr
+    assert done.stderr == "", "nobody is told of ports that are not used"
     assert (tmp_path / "deep" / "here").exists()
-    assert nbformat.read(tmp_path / "b.ipynb", 4).cells[1].outputs[0]["data"]["text/plain"] == "42"
+    assert nbformat.read(tmp_path / "new" / "b.ipynb", 4).cells[1].outputs[0]["data"]["text/plain"] == "42"
     nbformat.write(new_notebook(cells=[new_code_cell("1 / 0")], metadata=kernel), tmp_path / "bad.ipynb")
     failed = here("run", "bad.ipynb", cwd=tmp_path)
     assert failed.returncode == 1 and "ZeroDivisionError" in failed.stderr
@@ -216,6 +283,35 @@ def test_a_notebook_is_heard_while_it_runs_and_interrupted_as_a_script(tmp_path)
         process.kill()
     assert process.returncode == 130 and out == "" and not (tmp_path / "after").exists()
     assert "KeyboardInterrupt" in err and err.endswith("a.ipynb: interrupted\n") and "nbclient" not in err
+
+
+def test_what_grows_is_heard_line_by_line(tmp_path):
+    "The second line is read here while the cell waits for it; what the cell ends in comes behind the rest."
+    grow = """
+import os, time
+from IPython.display import display
+def text(*lines): return {"text/plain": "\\n".join(lines)}
+h = display(text("1%"), raw=True, display_id=True)
+h.update(text("head", "2%"), raw=True)
+h.update(text("head", "first", "3%"), raw=True)
+h.update(text("head", "first", "second", "4%"), raw=True)
+for _ in range(1200):
+    if os.path.exists("go"): break
+    time.sleep(0.05)
+print("heard" if os.path.exists("go") else "nobody heard")
+h.update(text("head", "first", "second", "finished"), raw=True)
+6 * 7"""
+    notebook(tmp_path / "a.ipynb", grow)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-m", "trainkit", "run", "a.ipynb", "--out", "b.ipynb"], cwd=tmp_path, env=env,
+                               text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    try:
+        assert [process.stdout.readline() for _ in range(2)] == ["head\n", "first\n"]
+        (tmp_path / "go").touch()
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert out == "heard\nsecond\nfinished\n42\n" and process.returncode == 0, err
 
 
 @pytest.mark.parametrize("text,said", [("{", "is no notebook"), ("[1]", "is no notebook"), (None, "isn't installed; there are")])
@@ -302,6 +398,10 @@ def test_of_several_modules_one_is_named(project):
     assert "one, two; which of them?" in (done := here("export", "pair", "--to", "safetensors", cwd=project)).stderr
     assert done.returncode == 2 and "--module" in done.stderr and not (project / "pair.safetensors").exists()
     assert here("export", "pair", "--to", "safetensors", "--module", "two", cwd=project).returncode == 0
+    wrong = here("export", "quick", "--to", "safetensors", "--module", "generator", "--out", "wrong.safetensors", cwd=project)
+    assert wrong.returncode == 2 and "has the modules model, and none is 'generator'" in wrong.stderr
+    assert not (project / "wrong.safetensors").exists()
+    assert here("export", "quick", "--to", "safetensors", "--module", "model", cwd=project).returncode == 0
 
 
 def by_onnx(file):
@@ -316,7 +416,9 @@ def by_onnx(file):
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_a_model_goes_with_its_code(project, to, suffix, monkeypatch):
     from trainkit.travel import read_weights
-    (project / "nets.py").write_text("from torch import nn\nclass Own(nn.Linear): pass\ndef net(): return Own(3, 1)\n"
+    (project / "nets.py").write_text("from torch import nn\nclass Own(nn.Linear):\n"
+                                     "    def forward(self, x): return super().forward(x.reshape(x.shape[0], -1))\n"
+                                     "def net(): return Own(3, 1)\n"
                                      "def wide(): return nn.Linear(3, 2)\nthree = lambda: 3\n")  # fmt: skip
     def export(*words): return here("export", "quick", "--to", to, "--out", f"deep/a.{suffix}", *words, cwd=project)
 
@@ -329,6 +431,9 @@ def test_a_model_goes_with_its_code(project, to, suffix, monkeypatch):
     module = read.get(to, by_onnx)(file)
     expected = X @ weights["weight"].T + weights["bias"]
     torch.testing.assert_close(module(X), expected)  # another number of rows than it was written with
+    assert export("--model", "nets.py:net", "--input", "1,3").returncode == 0
+    module = read.get(to, by_onnx)(file)
+    for rows in (1, 2, 5): torch.testing.assert_close(module(X[:rows]), expected[:rows])
     assert export("--model", "nets:net", "--input", "4,3").returncode == 0 and sys.path == path, "by the name of a module, too"
     file.unlink()
     for words, said in [((), "--model FILE.py:NAME and --input SHAPE"),
@@ -338,6 +443,17 @@ def test_a_model_goes_with_its_code(project, to, suffix, monkeypatch):
                         (("--model", "nets.py:three", "--input", "4,3"), "must make an nn.Module")]:  # fmt: skip
         failed = export(*words)
         assert failed.returncode == 2 and said in failed.stderr and not file.exists(), (failed.stdout, failed.stderr)
+
+
+@pytest.mark.parametrize("to", ["torchscript", "pt2", "onnx"])
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning", "default::UserWarning")
+def test_a_file_that_takes_so_many_rows_only_is_written_with_a_warning(project, to):
+    (project / "fixed.py").write_text("from torch import nn\nclass Net(nn.Linear):\n"
+                                      "    def forward(self, x): return super().forward(x).view(1, 1)\n"
+                                      "def net(): return Net(3, 1)\n")  # fmt: skip
+    done = here("export", "quick", "--to", to, "--out", f"fixed.{to}", "--model", "fixed.py:net", "--input", "1,3", cwd=project)
+    assert done.returncode == 0 and (project / f"fixed.{to}").exists(), done.stderr
+    assert f"warning: fixed.{to} takes 1 row at a time, and no other number: " in done.stderr
 
 
 def test_what_onnx_needs_is_named(project, monkeypatch):
@@ -365,6 +481,7 @@ def test_what_cannot_be_written_is_said_by_its_own_error(project):
     assert done.returncode and "forward" in done.stderr and "not checked" not in done.stderr and not [*project.glob("*no.ts*")]
 
 
+@pytest.mark.filterwarnings("default::UserWarning")
 def test_an_onnx_file_that_nothing_here_opens_is_written_with_a_warning(project, monkeypatch):
     class Old:
         def __init__(self, path, providers):
@@ -372,12 +489,12 @@ def test_an_onnx_file_that_nothing_here_opens_is_written_with_a_warning(project,
 
     (project / "nets.py").write_text("from torch import nn\ndef net(): return nn.Linear(3, 1)\n")
     monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace(InferenceSession=Old))
-    with pytest.warns(UserWarning, match="new.onnx is not checked, nothing here runs it: onnxruntime: opset 99 is too new"):
-        done = here("export", "quick", "--to", "onnx", "--out", "new.onnx", "--model", "nets.py:net", "--input", "4,3",
-                    cwd=project)  # fmt: skip
+    done = here("export", "quick", "--to", "onnx", "--out", "new.onnx", "--model", "nets.py:net", "--input", "4,3", cwd=project)
+    assert "warning: new.onnx is not checked, nothing here runs it: onnxruntime: opset 99 is too new\n" in done.stderr
     assert done.returncode == 0 and (project / "new.onnx").exists()
 
 
+@pytest.mark.filterwarnings("default::UserWarning")
 def test_an_onnx_file_is_run_before_it_is_given_away(project, monkeypatch):
     from onnx.reference import ReferenceEvaluator
     (project / "nets.py").write_text("from torch import nn\ndef net(): return nn.Linear(3, 1)\n")
@@ -386,8 +503,8 @@ def test_an_onnx_file_is_run_before_it_is_given_away(project, monkeypatch):
     done = here(*words, cwd=project)
     assert done.returncode == 2 and "gives other numbers" in done.stderr and not [*project.glob("*run.onnx*")]
     monkeypatch.setattr(ReferenceEvaluator, "run", lambda self, names, given: 1 / 0)
-    with pytest.warns(UserWarning, match="run.onnx is not checked, nothing here runs it: ReferenceEvaluator: division by zero"):
-        assert here(*words, cwd=project).returncode == 0
+    unread = "warning: run.onnx is not checked, nothing here runs it: ReferenceEvaluator: division by zero\n"
+    assert unread in here(*words, cwd=project).stderr
     assert (project / "run.onnx").exists()
 
 
@@ -428,6 +545,37 @@ def test_the_new_projects_module_is_what_its_notebook_exports(tmp_path):
     in_nbdev("from nbdev.doclinks import nbdev_export; nbdev_export()", folder, tmp_path)
     assert (folder / "two_spirals" / "core.py").read_text() == before
     assert not [p for p in folder.iterdir() if p.suffix == ".py" and p.name != "train.py"]
+
+
+def test_each_function_of_the_new_project_has_a_cell_of_its_own(tmp_path):
+    here("new", "two-spirals", cwd=tmp_path)
+    cells = json.loads((tmp_path / "two-spirals" / "nbs" / "00_core.ipynb").read_text())["cells"]
+    texts = ["".join(cell["source"]) for cell in cells]
+    assert not [text for text in texts if "# %%" in text] and max(text.count("#| export") for text in texts) == 1
+    assert [len(re.findall("^def ", text, re.M)) for text in texts if "\ndef " in text] == [1, 1, 1]
+    module = (tmp_path / "two-spirals" / "two_spirals" / "core.py").read_text()
+    marks = [line for line in module.splitlines() if line.startswith("# %%")]
+    ids = [cell["id"] for cell, text in zip(cells, texts) if text.startswith("#| export")]
+    assert marks == ["# %% auto #0", *(f"# %% ../nbs/00_core.ipynb #{key}" for key in ids)] and "#|" not in module
+
+
+def test_no_epochs_are_none_and_what_is_not_there_is_not_resumed(tmp_path):
+    here("new", "two-spirals", cwd=tmp_path)
+    folder = tmp_path / "two-spirals"
+    none = call("run", "train.py", "--epochs", "0", cwd=folder)
+    assert none.returncode == 0 and "epoch 0" in none.stdout and "epoch 20" not in none.stdout, none.stderr
+    for words in [("--run", "gone"), ("--run", "gone", "--epochs", "2")]:
+        done = call("run", "train.py", "--resume", *words, cwd=folder)
+        place = os.path.join("runs", "gone")
+        assert done.stderr == f"nothing to resume: no checkpoint lies in {place}\n" and done.returncode == 2 and not done.stdout
+    assert not (folder / "runs" / "gone").exists()
+
+
+def test_a_project_begins_in_the_folder_one_is_in(tmp_path):
+    (folder := tmp_path / "my-spirals").mkdir()
+    done = here("new", ".", cwd=folder)
+    assert done.returncode == 0 and done.stdout.endswith("\nnext: python train.py\n"), done.stderr
+    assert (folder / "my_spirals" / "core.py").exists() and 'name = "my-spirals"' in (folder / "pyproject.toml").read_text()
 
 
 @pytest.mark.parametrize("name,owner", [
@@ -518,6 +666,24 @@ def test_names_of_runs_are_completed(project):
                                       COMP_CWORD=str(len(words))).stdout.split()
     assert complete("show", "sl") == ["plain,slow"] and complete("sho") == ["plain,show"]
     assert "plain,quick" in complete("compare", "slow", "q")
+    assert complete("show", "runs/sl") == ["dir,runs/sl"]
+
+
+def test_what_can_be_asked_of_a_run_is_completed(project, monkeypatch):
+    from click.shell_completion import BashComplete
+    monkeypatch.chdir(project)
+    complete = BashComplete(app(), {}, "trainkit", "_TRAINKIT_COMPLETE")
+
+    def found(*words): return [item.value for item in complete.get_completions([*words[:-1]], words[-1])]
+    knobs = {knob["name"] for knob in read_status(project / "runs" / "quick")["controls"]}
+    assert found("control", "qu") == ["quick"] and found("control", "quick", "pa") == ["pause"]
+    assert {*found("control", "quick", "")} == {*COMMANDS, *LOOKS} and not {"quick", "slow"} & {*COMMANDS, *LOOKS}
+    assert found("control", "quick", "set", "l") == ["lr="] and found("control", "gone", "set", "l") == []
+    assert {*found("control", "quick", "release", "")} == knobs and found("control", "quick", "pause", "") == []
+    assert found("run", "--set", "optimizer.l") == ["optimizer.lr="] and found("run", "--set", "monit") == ["monitor="]
+    ids = [entry.id for entry in Checkpoints(project / "runs" / "quick" / "checkpoints")]
+    assert found("export", "quick", "--checkpoint", "") == ["best", "last", *ids]
+    assert found("export", "quick", "--checkpoint", "be") == ["best"] and found("export", "--checkpoint", "la") == ["last"]
 
 
 def test_bash_completes(project, tmp_path):
@@ -528,13 +694,16 @@ def test_bash_completes(project, tmp_path):
 
     def complete(*words):
         line = " ".join(map(shlex.quote, ["trainkit", *words]))
-        ask = (f'eval "$(trainkit completion bash)"; COMP_WORDS=({line}); COMP_CWORD={len(words)}; '
+        ask = (f'eval "$(trainkit completion bash)"; compopt() {{ echo "$@"; }}; COMP_WORDS=({line}); COMP_CWORD={len(words)}; '
                '$(complete -p trainkit | sed "s/.*-F \\([^ ]*\\).*/\\1/") trainkit; printf "%s\\n" "${COMPREPLY[@]}"')
         done = subprocess.run(["bash", "-c", ask], cwd=project, capture_output=True, text=True, env=env, timeout=120)
         assert done.returncode == 0 and not done.stderr, done.stderr
         return done.stdout.split()
     assert complete("show", "sl") == ["slow"] and complete("export", "slow", "--to", "to") == ["torchscript"]
     assert {*complete("co")} == {"compare", "completion", "control", "convert"}
+    assert complete("control", "quick", "pa") == ["pause"]
+    assert complete("run", "--set", "optimizer.l") == ["-o", "nospace", "optimizer.lr="]
+    assert complete("show", "runs/sl") == ["-o", "dirnames"]
 
 
 def test_without_click_it_says_what_is_missing():

@@ -23,7 +23,7 @@ from trainkit.knobs import knobs
 from trainkit.learner import Learner
 from trainkit.optim import OptimBuilder
 from trainkit.replay import ReplayError, lineage, replay, session, weights_digest
-from trainkit.script import to_script
+from trainkit.script import sliced, to_script
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -441,6 +441,21 @@ def test_the_cells_of_a_session_become_a_script(tmp_path, more):
     assert ("# left out: done after the first fit, and no command: mine.add(EMA(0.9))" in text) == more
     assert 'mine.send("set", name="lr", value=0.05)' in text and "mine.fit(epochs=2)" in text
     assert run_script(text, tmp_path / "mine.py").strip().endswith("the same weights")
+
+
+def test_what_only_reads_the_learner_is_no_loss(tmp_path):
+    reads = "mine.resume_report()\nmine.identity()\nmine.state_dict(); mine.export_weights('a.safetensors')"
+    found = sliced([*CELLS[:-1], reads, "mine.load_weights('b.pt')"], "mine")
+    assert found.later == ["mine.load_weights('b.pt')"], "what changes the weights and is no command, is told"
+
+
+def test_a_script_counts_what_was_done():
+    learn = supervised()
+    learn.set("lr", 0.01)
+    learn.fit(epochs=1)
+    assert to_script(learn, build=supervised).splitlines()[0].endswith(", told again: 1 command and 1 fit, to step 6.\"")
+    learn.fit(epochs=1, schedule="hold")
+    assert "told again: 1 command and 2 fits, to step 12." in to_script(learn, build=supervised)
 
 
 def test_what_a_script_cannot_have_is_said():

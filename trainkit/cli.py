@@ -12,22 +12,30 @@ import os
 import re
 import signal
 import sys
+import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from .attached import Attached, find_run
-from .control import ABSENT, DONE, summary
+from .commands import COMMANDS
+from .control import ABSENT, DONE, LOOKS, summary
 from .control import main as control
 from .history import finite
+from .mailbox import read_status
 from .runs import Run, read_run, runs
-from .settings import SET, load_settings
+from .settings import KEYS, SET, load_settings
 
 # %% auto #0
-__all__ = ['WRONG', 'SKIPPED', 'FORMATS', 'PARTS', 'clicks', 'in_json', 'row_of', 'list_runs', 'identity_lines', 'show_run',
-           'compare_runs', 'set_over', 'run_target', 'needed', 'tell_output', 'live_client', 'read_notebook',
-           'check_kernel', 'kernel_environment', 'run_notebook', 'export_run', 'convert_checkpoint', 'new_project',
-           'complete_run', 'folder_or_name', 'looking', 'acting', 'giving', 'completing', 'app', 'main']
+__all__ = ['WRONG', 'SKIPPED', 'RUN', 'FORMATS', 'PARTS', 'clicks', 'in_json', 'make_place', 'row_of', 'list_runs',
+           'identity_lines', 'outcomes_of', 'show_run', 'compare_runs', 'set_over', 'run_target', 'needed',
+           'plain_text', 'tell_output', 'Replaced', 'live_client', 'read_notebook', 'check_kernel',
+           'kernel_environment', 'own_sockets', 'run_notebook', 'export_run', 'convert_checkpoint', 'new_project',
+           'complete_run', 'complete_words', 'complete_key', 'complete_checkpoint', 'folder_or_name', 'looking',
+           'acting', 'giving', 'completing', 'app', 'plain_warnings', 'main']
 
 # %% ../nbs/90_cli.ipynb #38c2277e
 WRONG = 2  # not understood
@@ -42,6 +50,15 @@ def clicks() -> Any:
 def in_json(value: Any) -> str:
     "A value as one line of JSON, with null for numbers that are none."
     return json.dumps(finite(value, lambda x: None), allow_nan=False)
+
+# %% ../nbs/90_cli.ipynb #e74ffb1d
+def make_place(
+    path: str | None,  # of a file that will be written; None: of none
+) -> None:
+    "Make the folder in which a file will lie; ValueError where the path is a folder's."
+    if path is None: return
+    if Path(path).is_dir(): raise ValueError(f"{path} is a folder: say the name of a file in it")
+    Path(path).absolute().parent.mkdir(parents=True, exist_ok=True)
 
 # %% ../nbs/90_cli.ipynb #b2b775ef
 def row_of(
@@ -60,7 +77,8 @@ def list_runs(
     "List the runs in FOLDER. How far each got, its best score, its size."
     if tree and as_json: raise ValueError("--tree or --json: in JSON each run has its parent")
     found = runs(folder)
-    if as_json: print("\n".join(in_json(row_of(run)) for run in found))
+    if as_json:
+        for run in found: print(in_json(row_of(run)))
     else: print(found.tree() if tree else found)
     return DONE if found.folder.is_dir() else ABSENT
 
@@ -76,6 +94,16 @@ def identity_lines(
         if section not in SKIPPED: yield f"{section}: " + ", ".join(f"{k} {v}" for k, v in values.items())
 
 # %% ../nbs/90_cli.ipynb #c61408f2
+def outcomes_of(
+    run: Run,
+) -> tuple[dict[str, Any], Run]:
+    "What came of each series, and the run; where its history can't be read nothing, and a run whose fault says so."
+    try: return {name: one for name, (one,) in importlib.import_module("trainkit.compare").compare(run).outcomes}, run
+    except (OSError, ValueError) as error:
+        told = [*filter(None, [run.fault]), *([] if "history.jsonl" in run.fault else [f"history.jsonl: {error}"])]
+        return {}, replace(run, fault="; ".join(told))
+
+# %% ../nbs/90_cli.ipynb #1b0b3c31
 def show_run(
     run: str,  # a folder, or a name in the settings' folder of runs
     as_json: bool = False,
@@ -85,17 +113,18 @@ def show_run(
     if html and as_json: raise ValueError("--html or --json: a page goes to a file, and JSON to the screen")
     path = find_run(run)
     if html:
+        make_place(html)
         print(importlib.import_module("trainkit.ui.page").page(path).save(html))
         return DONE
     found, status = read_run(path), Attached(path).status()
-    outcomes = importlib.import_module("trainkit.compare").compare(found).outcomes
+    outcomes, found = outcomes_of(found)
     if as_json:
-        series = {name: vars(one) for name, (one,) in outcomes}
+        series = {name: vars(one) for name, one in outcomes.items()}
         print(in_json({**row_of(found), "status": status, "sessions": found.sessions, "series": series}))
         return DONE
     print("\n".join([str(path), f"  {summary(status)}", *([f"  {found.fault}"] if found.fault else [])]))
     if found.parent: print(f"  a branch of {found.parent}")
-    print("\n".join(["series", *(f"  {name}  {one}" for name, (one,) in outcomes)]))
+    if outcomes: print("\n".join(["series", *(f"  {name}  {one}" for name, one in outcomes.items())]))
     print("\n".join(["made with", *(f"  {line}" for line in identity_lines(found.identity))]))
     if found.checkpoints: print(importlib.import_module("trainkit.checkpoint").Checkpoints(path / "checkpoints"))
     return DONE
@@ -110,6 +139,7 @@ def compare_runs(
     "Lay RUNs side by side. What is different about them, and what came of it."
     library = importlib.import_module("trainkit.compare")
     found = library.compare(*which, names=names or None)
+    make_place(plot)
     if plot: importlib.import_module("trainkit.ui.compare").plot_runs(*found.runs, names=names or None).savefig(plot, dpi=150)
     if as_json:
         facts = [("run", "name", found.names), *found.differences, *found.facts]
@@ -131,6 +161,9 @@ def set_over(
     return {SET: text} if text else {}
 
 # %% ../nbs/90_cli.ipynb #2aa61353
+RUN = (".py", ".pyw", ".pyz", "", ".ipynb")  # how the names of files end that Python runs, and Jupyter
+
+
 def run_target(
     target: str,  # a script or a notebook
     arguments: Sequence[str] = (),  # of the script
@@ -141,6 +174,7 @@ def run_target(
 
     What isn't known here goes to the script; behind `--` everything does: trainkit run train.py --set seed=3 -- --help"""
     if not Path(target).is_file(): raise FileNotFoundError(f"there is no file {target}")
+    if Path(target).suffix not in RUN: raise ValueError(f"a Python script (.py) or a notebook (.ipynb) is run; received {target}")
     os.environ.update(set_over(sets))
     if Path(target).suffix == ".ipynb":
         if arguments: raise ValueError(f"a notebook takes no arguments; received {' '.join(arguments)}")
@@ -162,31 +196,68 @@ def needed(
     except ImportError: raise ImportError(f"{what} needs {package or module}: pip install {package or module}") from None
 
 # %% ../nbs/90_cli.ipynb #d79ac077
+def plain_text(
+    output: Mapping[str, Any],  # of a cell
+) -> str:
+    "What an output says in plain text."
+    lines = {"stream": output.get("text"), "error": "\n".join(output.get("traceback", ()))}
+    return lines.get(output["output_type"], output.get("data", {}).get("text/plain")) or ""
+
+
 def tell_output(
     output: Mapping[str, Any],  # of a cell
 ) -> None:
     "Print what an output says in plain text; a traceback in colour only where it is seen."
-    kind, name = output["output_type"], output.get("name")
-    lines = {"stream": output.get("text"), "error": "\n".join(output.get("traceback", ()))}
-    text = lines.get(kind, output.get("data", {}).get("text/plain")) or ""
+    kind, name, text = output["output_type"], output.get("name"), plain_text(output)
     file = sys.stderr if "stderr" == name or kind == "error" else sys.stdout
     if not file.isatty(): text = re.sub(r"\x1b\[[0-9;]*m", "", text)
     if text: print(text, end="" if kind == "stream" or text.endswith("\n") else "\n", flush=True, file=file)
 
 # %% ../nbs/90_cli.ipynb #0fb093cb
+class Replaced:
+    "Prints an output that is replaced by others as it goes: a line once it has stayed, the last one at the end."
+
+    def __init__(self, output: Mapping[str, Any]):  # of a cell; it is changed in place
+        self.output, self.lines, self.told = output, list[str](), list[str]()
+
+    def tell(self, ended: bool = False) -> None:
+        "Print what is new and will stay; at the end all that was not printed."
+        lines = plain_text(self.output).splitlines()
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(self.lines, lines[:-1]))
+        stayed = lines if ended else [line for line, _ in same]
+        self.lines = lines
+        if self.told != stayed[: len(self.told)]:
+            if not ended: return
+            self.told = []  # it is another text by now
+        for line in stayed[len(self.told) :]: print(line, flush=True)
+        self.told = stayed
+
+# %% ../nbs/90_cli.ipynb #5e84d1b2
 def live_client(client: Any) -> Any:
     "The class of nbclient's that runs notebooks, made to tell outputs as they come."
     import asyncio  # a tenth of a second, which the other commands are spared
     class Live(client.NotebookClient):
-        replaceable: list[Any] = []  # outputs of this cell that may still be replaced
+        replaceable: list[Replaced] = []  # outputs of this cell that may still be replaced
         asked: int = 0  # the signal that came
         passing: Any = None  # it is on its way
 
         def output(self, outs: Any, msg: Any, display_id: Any, cell_index: int) -> Any:
             found = super().output(outs, msg, display_id, cell_index)
-            if found and display_id: self.replaceable = [*self.replaceable, found]
-            elif found: tell_output(found)
+            if found and display_id: self.replaceable = [*self.replaceable, Replaced(found)]
+            elif found:
+                if found["output_type"] in ("execute_result", "error"): self.tell_rest()  # the cell's last one
+                tell_output(found)
             return found
+
+        def process_message(self, msg: Any, cell: Any, cell_index: int) -> Any:
+            found = super().process_message(msg, cell, cell_index)
+            if msg["msg_type"] == "update_display_data":
+                for output in self.replaceable: output.tell()
+            return found
+
+        def tell_rest(self) -> None:
+            left, self.replaceable = self.replaceable, []
+            for output in left: output.tell(ended=True)
 
         def pass_on(self, number: int) -> None:
             again, self.asked = self.asked, number
@@ -199,9 +270,7 @@ def live_client(client: Any) -> Any:
                 with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):  # Windows, a thread
                     asyncio.get_running_loop().add_signal_handler(number, self.pass_on, number)
             try: found = await super().async_execute_cell(*args, **kwargs)
-            finally:
-                left, self.replaceable = self.replaceable, []
-                for output in left: tell_output(output)
+            finally: self.tell_rest()
             if self.asked == signal.SIGINT: raise InterruptedError(self.asked, "interrupted")
             return found
 
@@ -239,6 +308,16 @@ def kernel_environment(
     return {**({} if kept else {"TRAINKIT_WHERE": "script"}), **os.environ, **said}
 
 # %% ../nbs/90_cli.ipynb #939ddbb5
+@contextlib.contextmanager
+def own_sockets(runner: Any) -> Iterator[None]:
+    "Inside, a client of nbclient's reaches its kernel by sockets in a folder of this user; by ports where these can't be."
+    with tempfile.TemporaryDirectory(prefix="trainkit-") as folder:
+        manager = runner.create_kernel_manager()
+        if os.name == "posix" and len(os.fsencode(folder)) < 88:  # a socket's path has 103 bytes at most
+            manager.transport, manager.connection_file = "ipc", f"{folder}/kernel.json"
+        yield
+
+# %% ../nbs/90_cli.ipynb #9a671d57
 def run_notebook(
     path: Path,
     out: str | None = None,  # where it goes, with its outputs
@@ -246,9 +325,11 @@ def run_notebook(
     "Execute a notebook in its folder, in a kernel of its own; 1 if a cell fails."
     client, notebook = needed("nbclient", "to run a notebook"), read_notebook(path)
     check_kernel(path, notebook)
+    make_place(out)
     runner = live_client(client)(notebook, timeout=None, resources={"metadata": {"path": str(path.absolute().parent)}})
     runner.coalesce_streams = True
-    try: runner.execute(env=kernel_environment(path, bool(out)))
+    try:
+        with own_sockets(runner): runner.execute(env=kernel_environment(path, bool(out)))
     except (client.exceptions.CellExecutionError, client.exceptions.DeadKernelError, InterruptedError) as error:
         failed = "a cell failed" if isinstance(error, client.exceptions.CellExecutionError) else str(error)
         print(f"{path}: {'interrupted' if runner.asked else failed}", file=sys.stderr)
@@ -272,6 +353,7 @@ def export_run(
 ) -> int:
     "Write RUN's model in another format. Weights alone, or with the code that runs them."
     library = importlib.import_module("trainkit.export")
+    make_place(out)
     print(library.export(run, to, out, checkpoint, module, model, inputs))
     return DONE
 
@@ -282,6 +364,7 @@ def convert_checkpoint(
     out: str | None = None,  # the new file; None: in place
 ) -> int:
     "Turn a CHECKPOINT file into one file, or into a file with parts beside it, as many ranks write it."
+    make_place(out)
     print(importlib.import_module("trainkit.converter").convert(checkpoint, to, out))
     return DONE
 
@@ -291,14 +374,42 @@ def new_project(
 ) -> int:
     "Begin a project in a folder NAME. A notebook, settings, a script and a test, which run at once."
     for path in importlib.import_module("trainkit.starter").start_project(name): print(path)
-    print(f"next: cd {name}; python train.py")
+    print(f"next: {f'cd {name}; ' * (Path(name) != Path())}python train.py")
     return DONE
 
 # %% ../nbs/90_cli.ipynb #d7bf792f
-def complete_run(context: Any, parameter: Any, begun: str) -> list[str]:
-    "Names of runs that begin so."
-    try: return [run.name for run in runs() if run.name.startswith(begun)]
-    except (OSError, ValueError): return []
+def complete_run(context: Any, parameter: Any, begun: str) -> list[Any]:
+    "Names of runs that begin so; else folders."
+    found = []
+    with contextlib.suppress(OSError, ValueError): found = [run.name for run in runs() if run.name.startswith(begun)]
+    return found or [importlib.import_module("click.shell_completion").CompletionItem(begun, type="dir")]
+
+
+def complete_words(context: Any, parameter: Any, begun: str) -> list[Any]:
+    "RUN, what can be asked of it, and the knobs that can be set there."
+    words, found = context.params.get("words") or (), list[str]()
+    if not words: return complete_run(context, parameter, begun)
+    if len(words) == 1: found = [*COMMANDS, *LOOKS]
+    if len(words) == 2 and words[1] in ("set", "release"):
+        with contextlib.suppress(OSError, ValueError):
+            knobs = read_status(find_run(words[0])).get("controls") or []
+            found = [f"{name}{'=' * (words[1] == 'set')}" for name in dict.fromkeys(knob["name"] for knob in knobs)]
+    return [word for word in found if word.startswith(begun)]
+
+
+def complete_key(context: Any, parameter: Any, begun: str) -> list[str]:
+    "Keys of the settings, as --set takes them."
+    keys = [f"{name}=" if section == "trainkit" else f"{section}.{name}=" for section, name in KEYS]
+    return [key for key in keys if key.startswith(begun)]
+
+
+def complete_checkpoint(context: Any, parameter: Any, begun: str) -> list[str]:
+    "Which checkpoints the run has that was said before."
+    found, run = ["best", "last"], context.params.get("run") or "".join(context.args[:1])  # click leaves it among these
+    with contextlib.suppress(OSError, ValueError):
+        store = importlib.import_module("trainkit.checkpoint").Checkpoints(find_run(run) / "checkpoints")
+        found += [entry.id for entry in store]
+    return [which for which in found if which.startswith(begun)]
 
 
 def folder_or_name(click: Any, **how: Any) -> Any:
@@ -324,9 +435,9 @@ def acting(click: Any) -> list[Any]:
     "Commands that do something."
     rest = {"ignore_unknown_options": True, "allow_interspersed_args": False}
     words = click.Argument(["words"], nargs=-1, required=True, type=click.UNPROCESSED, metavar="RUN COMMAND...",
-                           shell_complete=complete_run)
+                           shell_complete=complete_words)
     sets = click.Option(["--set", "sets"], multiple=True, metavar="KEY=VALUE", help="a setting that holds over the code: "
-                        "optimizer.lr=1e-4, device=cpu, seed=3")  # fmt: skip
+                        "optimizer.lr=1e-4, device=cpu, seed=3", shell_complete=complete_key)  # fmt: skip
     out = click.Option(["--out"], metavar="FILE", help="of a notebook: write it here with its outputs")
     target = click.Argument(["target"], type=click.Path())
     given = click.Argument(["arguments"], nargs=-1, type=click.UNPROCESSED)
@@ -342,7 +453,8 @@ def giving(click: Any) -> list[Any]:
     option = click.Option
     params = [folder_or_name(click), option(["--to"], type=click.Choice(FORMATS), required=True, help="the format"),
               option(["--out"], metavar="FILE", help="where; else the run's name, here"),
-              option(["--checkpoint"], default="best", show_default=True, help="best, last, an id or a note"),
+              option(["--checkpoint"], default="best", show_default=True, help="best, last, an id or a note",
+                     shell_complete=complete_checkpoint),
               option(["--module"], default="", help="of several modules: whose weights"),
               option(["--model"], default="", metavar="FILE.py:NAME", help="what makes the module (for all but safetensors)"),
               option(["--input", "inputs"], multiple=True, metavar="SHAPE", help="what goes in: 8,1,28,28, 8:int64")]  # fmt: skip
@@ -359,7 +471,8 @@ def completing(click: Any, group: Any) -> Any:
     shells = ("bash", "zsh", "fish")
     def source(shell: str) -> int:
         kind = importlib.import_module("click.shell_completion").get_completion_class(shell)
-        print(kind(group, {}, "trainkit", "_TRAINKIT_COMPLETE").source())
+        text, add = kind(group, {}, "trainkit", "_TRAINKIT_COMPLETE").source(), "COMPREPLY+=($value)"
+        print(text.replace(add, f"{add}; [[ $value == *= ]] && compopt -o nospace"))  # in bash: a value follows
         return DONE
     how = 'Print what SHELL needs to complete. For bash: eval "$(trainkit completion bash)" in ~/.bashrc.'
     return click.Command("completion", params=[click.Argument(["shell"], type=click.Choice(shells))], callback=source, help=how)
@@ -380,12 +493,28 @@ def app() -> Any:
     return group
 
 # %% ../nbs/90_cli.ipynb #83dd45c3
+@contextlib.contextmanager
+def plain_warnings() -> Iterator[None]:
+    "Inside, a warning is a line on stderr, without the source that raised it; the same one is told once."
+    told = set[str]()
+
+    def show(message: Warning | str, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+        if (text := str(message)) not in told: print(f"warning: {text}", file=sys.stderr)
+        told.add(text)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+# %% ../nbs/90_cli.ipynb #ed6c4bee
 def main(
     argv: Sequence[str] | None = None,  # without the program's name; those of the command line
 ) -> int:
     "Do what a command line says; the exit status."
     group, click = app(), clicks()
-    try: return int(group.main(None if argv is None else [*argv], "trainkit", standalone_mode=False) or DONE)
+    try:
+        with plain_warnings():
+            return int(group.main(None if argv is None else [*argv], "trainkit", standalone_mode=False) or DONE)
     except click.exceptions.Abort: return 130
     except KeyboardInterrupt: return 130
     except click.ClickException as error:

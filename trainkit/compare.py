@@ -10,7 +10,6 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from .history import Snapshot
 from .journal import Journal
 from .runs import Run, read_run
 from .schedule import best_mode
+from .settings import nearest
 
 # %% auto #0
 __all__ = ['Row', 'CELL', 'differing', 'as_run', 'diff', 'shown', 'Outcome', 'means', 'outcome', 'series_of', 'efforts',
@@ -113,8 +113,8 @@ def series_of(
         return sorted(told, key=lambda n: (not n.endswith("loss"), n.startswith("train")))
     for pattern in names:
         if not any(fnmatchcase(name, pattern) for name in there):
-            near = get_close_matches(pattern, there, 3, 0.4) or there
-            raise ValueError(f"no series matches {pattern!r}; there are: {', '.join(near) or 'none yet'}")
+            known = [*nearest(pattern, there)[:20], *["…"] * (len(there) > 20)]
+            raise ValueError(f"no series matches {pattern!r}; there are: {', '.join(known) or 'none yet'}")
     return [n for n in there if any(fnmatchcase(n, p) for p in names)]
 
 # %% ../nbs/29d_compare.ipynb #b278db3a

@@ -25,8 +25,9 @@ from .storage import write_atomically
 from .travel import compare_weights, read_weights, untied
 
 # %% auto #0
-__all__ = ['RUNNING', 'FORMATS', 'chosen', 'importing_from', 'loaded', 'made_by', 'example', 'write_torchscript', 'write_pt2',
-           'quietly', 'Unread', 'opened', 'read_onnx', 'write_onnx', 'flat_tensors', 'agree', 'with_weights', 'export']
+__all__ = ['RUNNING', 'FORMATS', 'chosen', 'importing_from', 'loaded', 'made_by', 'example', 'with_rows', 'write_torchscript',
+           'write_pt2', 'quietly', 'Unread', 'opened', 'read_onnx', 'write_onnx', 'flat_tensors', 'agree',
+           'traced_with', 'check_written', 'with_weights', 'export']
 
 # %% ../nbs/88_export.ipynb #4b187bef
 def chosen(
@@ -84,6 +85,15 @@ def example(
         raise ValueError(f"--input takes a shape, as 8,1,28,28 or 8,16:int64; received {text!r}")
     if not dtype.is_floating_point: return torch.zeros(sizes, dtype=dtype)
     return torch.linspace(-1, 1, math.prod(sizes), dtype=torch.float64).sin().reshape(sizes).to(dtype)
+
+
+def with_rows(
+    inputs: tuple[Tensor, ...],
+    n: int,  # how many
+) -> tuple[Tensor, ...]:
+    "The inputs with so many rows, theirs again and again; what has another first size than the first one stays."
+    first = inputs[0].shape[:1]
+    return tuple(x[torch.arange(n) % len(x)] if x.ndim and x.shape[:1] == first else x for x in inputs)
 
 # %% ../nbs/88_export.ipynb #d74e47a9
 def write_torchscript(module: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> Callable[..., Any]:
@@ -167,6 +177,33 @@ def agree(module: nn.Module, other: Callable[..., Any], inputs: tuple[Tensor, ..
     if len(mine) != len(its) or not all(torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True) for a, b in zip(mine, its)):
         raise RuntimeError("what was written gives other numbers than the module: does it draw random numbers, or take branches?")
 
+# %% ../nbs/88_export.ipynb #225502ab
+def traced_with(
+    module: nn.Module,
+    inputs: tuple[Tensor, ...],
+) -> tuple[Tensor, ...]:
+    "What a module is shown when it is written: the inputs, with two rows for one, if it takes them."
+    if not inputs[0].ndim or len(inputs[0]) > 1: return inputs
+    try:
+        with torch.no_grad(): module(*with_rows(inputs, 2))
+    except (RuntimeError, ValueError, TypeError, IndexError): return inputs
+    return with_rows(inputs, 2)
+
+
+def check_written(
+    module: nn.Module,
+    again: Callable[..., Any],  # the file, as it was read back
+    inputs: tuple[Tensor, ...],
+    out: Path,  # how the file will be called
+) -> None:
+    "RuntimeError when a file gives something else than its module; a warning when it takes no other number of rows."
+    agree(module, again, inputs)
+    rows = len(inputs[0]) if inputs[0].ndim else 0
+    try: agree(module, again, with_rows(inputs, rows + 3))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        warnings.warn(f"{out} takes {rows} row{'s' * (rows != 1)} at a time, and no other number: {reason:.200}", stacklevel=3)
+
 # %% ../nbs/88_export.ipynb #1fc00c80
 def with_weights(
     model: str,  # "file.py:name" or "package.module:name", which makes the module
@@ -194,7 +231,7 @@ def export(
     if to in RUNNING and not (model and inputs):
         raise ValueError(f"to write {to}, the code has to run once: --model FILE.py:NAME and --input SHAPE, as 8,1,28,28")
     entry = chosen(run, which)
-    weights, suffix = read_weights(entry.path, module), ".safetensors" if to == "safetensors" else RUNNING[to][0]
+    weights, suffix = read_weights(entry.path, module, strict=True), ".safetensors" if to == "safetensors" else RUNNING[to][0]
     out = Path(path) if path is not None else Path(find_run(run).resolve().name + suffix)
     out.parent.mkdir(parents=True, exist_ok=True)
     if to == "safetensors":
@@ -207,8 +244,8 @@ def export(
     made, given = with_weights(model, weights), tuple(map(example, inputs))
     part = out.with_name(f".{out.name}{suffix}")  # whole or not at all
     try:
-        again = RUNNING[to][1](made, given, part)
-        try: agree(made, again, given)
+        again = RUNNING[to][1](made, traced_with(made, given), part)
+        try: check_written(made, again, given, out)
         except Unread as error: warnings.warn(f"{out} is not checked, nothing here runs it: {error}", stacklevel=2)
         part.replace(out)
     finally: part.unlink(missing_ok=True)

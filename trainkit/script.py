@@ -24,7 +24,7 @@ from .replay import Fitted, Place, ReplayError, Session, asked_values, session, 
 # %% auto #0
 __all__ = ['SEEDING', 'SESSION', 'LOOKING', 'roots_made', 'names_needed', 'called', 'changed_by', 'is_magic', 'Slice', 'text_of',
            'parsed', 'sliced', 'code_of_function', 'cells_here', 'name_of', 'building', 'literal', 'line_of',
-           'lines_of_fit', 'lines_of_session', 'header', 'ending', 'to_script']
+           'lines_of_fit', 'lines_of_session', 'counted', 'header', 'ending', 'to_script']
 
 # %% ../nbs/28a_script.ipynb #b37a9772
 def roots_made(node: ast.stmt) -> set[str]:
@@ -61,7 +61,8 @@ def _locals(node: ast.AST) -> set[str]:
 SEEDING = {"manual_seed", "manual_seed_all", "seed", "seed_everything", "set_seed", "use_deterministic_algorithms"}
 SESSION = {"fit", "wait", "send", "set", "release", "undo", "pause", "resume", "step_once", "stop", "validate", "test", "predict",
            "save", "restore", "branch", "note", "lr_find", "dashboard", "panel", "status", "timings", "controls", "to_script",
-           "sample", "show_loop"}  # fmt: skip
+           "sample", "show_loop", "resume_report", "identity", "export_weights", "state_dict", "position", "planned",
+           "module_named", "player_named"}  # fmt: skip
 LOOKING = {"print", "display", "help", "len", "repr", "dir", "type", "plot", "show", "imshow", "hist", "head", "describe", "info"}
 
 
@@ -268,11 +269,17 @@ def lines_of_session(told: Session, name: str) -> list[str]:
     return lines
 
 # %% ../nbs/28a_script.ipynb #08887c8d
+def counted(n: int, what: str) -> str:
+    "A number of things: `1 fit`, `2 fits`."
+    return f"{n} {what}{'s' * (n != 1)}"
+
+
 def header(told: Session, found: Slice, learn: Any) -> list[str]:
     "What a reader should know first."
     day = next((time.strftime(" of %Y-%m-%d", time.localtime(e.time)) for e in learn.journal.entries if e.time), "")
     commands = sum(not isinstance(part, Fitted) for part in told.parts) + sum(len(fit.commands) for fit in told.fits)
-    lines = [f'"The session{day}, told again: {commands} commands and {len(told.fits)} fits, to step {learn.step}."', ""]
+    done = f"{counted(commands, 'command')} and {counted(len(told.fits), 'fit')}"
+    lines = [f'"The session{day}, told again: {done}, to step {learn.step}."', ""]
     lines += [f"# not exact: {doubt}" for doubt in told.doubts]
     lines += [f"# not found: {name}: no statement of the session makes it" for name in found.missing]
     lines += [f"# left out: done after the first fit, and no command: {' '.join(text.split())}" for text in found.later]

@@ -94,8 +94,12 @@ def path_of(source: Any) -> Path:
     return Checkpoints(path / "checkpoints").find("last").path if (path / "checkpoints").is_dir() else path
 
 
-def read_weights(source: Any, player: str = "") -> dict[str, Tensor]:
-    "Weights by name from a dictionary, a module, or a file; ValueError or CheckpointError names what can't be read."
+def read_weights(
+    source: Any,  # a dictionary, a module, a file, a checkpoint, a run's folder
+    player: str = "",  # of a checkpoint with several modules: whose weights
+    strict: bool = False,  # a checkpoint's only module, too, must have that name
+) -> dict[str, Tensor]:
+    "Weights by name; ValueError or CheckpointError names what can't be read."
     if isinstance(source, nn.Module):
         return unwrapped(source).state_dict()
     if isinstance(source, Mapping):
@@ -107,9 +111,10 @@ def read_weights(source: Any, player: str = "") -> dict[str, Tensor]:
         if problems := misshapen(state := read_checkpoint(path)["state"]):
             raise CheckpointError(f"cannot read {path}: {'; '.join(problems)[:300]}")
         modules = {n: dict(m) for p in state["players"].values() for n, m in p["modules"].items() if isinstance(m, dict)}
-        if player not in modules and len(modules) > 1:
-            raise ValueError(f"{path} has the modules {', '.join(modules)}; which of them? Say module= (in a terminal --module)")
-        return modules.get(player) or next(iter(modules.values()), {})
+        if player not in modules and (len(modules) > 1 or (strict and player)):
+            there, none = f"{path} has the modules {', '.join(modules)}", f", and none is {player!r}" * bool(player)
+            raise ValueError(f"{there}{none}; which of them? Say module= (in a terminal --module)")
+        return modules[player] if player in modules else next(iter(modules.values()), {})
     return tensors_of(load_foreign(path), str(path))
 
 
