@@ -253,7 +253,9 @@ def looked(folder):
     learn = Scored(net(), data, "mse", OptimBuilder("sgd", lr=0.1), seed=5, device="cpu", front="none", distributed=DDP,
                    metrics={"mae": "mae", "r2": torchmetrics.R2Score()})  # fmt: skip
     learn.fit(1)
-    return told(learn, predicted=learn.predict(DataLoader(VALID, batch_size=5)), tested=learn.test(VALID),
+    seen = []
+    learn.add(On("after_predict_batch", lambda learn: seen.append(learn.pred)))
+    return told(learn, predicted=learn.predict(DataLoader(VALID, batch_size=5)), seen=seen, tested=learn.test(VALID),
                 again=learn.validate(DataLoader(VALID, batch_size=4)))  # fmt: skip
 
 

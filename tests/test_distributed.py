@@ -175,6 +175,8 @@ def test_everything_is_looked_at_once(runs, n):
     "Each rank has what one process finds: predictions in order, metrics with and without a state, an epoch's own score."
     (alone,) = found(runs, 1, "looked")
     assert alone["predicted"].shape == (13, 1) and alone["again"]["valid/n"] == 4
+    assert torch.equal(torch.cat(alone["seen"]), alone["predicted"])
+    assert sum(len(pred) for mine in found(runs, n, "looked") for pred in mine["seen"]) == 13
     for mine in found(runs, n, "looked"):
         torch.testing.assert_close(mine["predicted"], alone["predicted"], rtol=0, atol=EXACT)
         for what in "tested", "again":

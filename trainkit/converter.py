@@ -134,8 +134,8 @@ def read_back(temp: Path, folder: Path, team: Any) -> dict[str, list[int]]:
     sums, fault = {}, ""
     try:
         sums = sums_of(temp, written_by(temp, team.rank))
-    except OSError as error:
-        fault = f"could not write {folder}: rank {team.rank}: {error}"
+    except Exception as error:  # whatever it is, the others wait for a word
+        fault = f"could not write {folder}: rank {team.rank}: {type(error).__name__}: {error}"
     said = team.gather((sums, fault))
     if found := next((fault for _, fault in said if fault), ""):
         raise CheckpointError(found)

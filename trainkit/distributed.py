@@ -40,7 +40,7 @@ from .player import Player, drop_gradients
 from .seeds import seed_sample
 from .shards import RankSeeded, check_data, data_of, every_nth, looks_of, my_rows, share_out
 from .state import AutoSave
-from .team import Deciding, RankError
+from .team import Deciding, RankError, from_afar
 
 # %% auto #0
 __all__ = ['CANCELS', 'MEETINGS', 'BEHIND', 'SLOTS', 'HEAD', 'WISHES', 'FIRST_ALONE', 'ALONE', 'Distributed', 'as_distributed',
@@ -790,12 +790,20 @@ class Beginning(Refusing):
     def _run(self) -> None:
         if self.team.together:
             check_data(self.team, {"train": self.loaders.train, **self.loaders.valid})
-            weights = {p.name: float(undivided(sum(w.detach().double().sum() for w in p.parameters()))) for p in self.players}
             updates = {p.name: p.updates for p in self.players}
-            self.team.agree("where they begin", (self.step, self.epoch, str(self._asked), updates, weights))
+            self.team.agree("where they begin", (self.step, self.epoch, str(self._asked), updates, self._sums()))
             self._watched = frozenset().union(*self.team.gather(self._could_cancel(), "the beginning of a fit"))
             self._next_council, self._last_council, self._stride = self.step, (self.step, time.monotonic()), 1
         super()._run()
+
+    def _sums(self) -> dict[str, float]:
+        "Of each player's weights, by which one sees whether they are the same."
+        try:
+            return {p.name: float(undivided(sum(w.detach().double().sum() for w in p.parameters()))) for p in self.players}
+        except RuntimeError as error:
+            if from_afar(error):
+                raise self.team.lost(error) from error
+            raise
 
     def _tidy_up(self) -> None:
         while self.team.together and (late := self.queue.take(self.step, self.epoch)) is not None:
@@ -885,7 +893,7 @@ class Looking(Sharing):
     def _look_at(self, what: str, told: tuple[int | None, Any], step: Callable, gathered: Any, mine: list) -> Any:
         "One batch, as everywhere; what the metrics see of it."
         i, batch = told
-        self.pred = None
+        self.pred, self.targets = None, ()
         self.batch = to_device(batch, self.device, channels_last=self.channels_last)
         self.emit(f"before_{what}_batch")
         with self.precision.autocast():
@@ -897,7 +905,8 @@ class Looking(Sharing):
             gathered.add(self, result)
             if gathered.outputs is not None:
                 mine.append((i, to_device(gathered.outputs.pop(), cpu)))
-        pred, targets = self.pred, () if self.pred is None else self.split(self.batch)[2]
+        pred = None if gathered is None else self.pred  # a prediction is for nobody's metrics
+        targets = () if pred is None else self.split(self.batch)[2]
         self.emit(f"after_{what}_batch")
         return to_device((pred, targets), cpu)
 

@@ -414,7 +414,7 @@ def load_player(player: Player, state: dict[str, Any]) -> None:
         schedule.load_state_dict(state["schedules"][option])
     if player.scaler is not None and state["scaler"]:
         player.scaler.load_state_dict(state["scaler"])
-    player.updates, player.every, player.seen = state["updates"], state["every"], tuple(state.get("seen", ()))
+    player.updates, player.every, player.seen = state["updates"], state["every"], tuple(state["seen"])
     player.weights.clear()  # the same dictionary: somebody may hold it
     player.weights.update(state["weights"])
     player.accumulate, player.window = state["accumulate"], list(state["window"])
