@@ -12,6 +12,7 @@ import sys
 import textwrap
 import threading
 import time
+import traceback
 import warnings
 import weakref
 from pathlib import Path
@@ -68,6 +69,13 @@ def nothing_left(learn):
     assert not len(learn._errands) and not len(learn.queue)
 
 
+def somebody_waits():
+    "Is the main thread in a fit, or in `wait()`?"
+    main = threading.main_thread()
+    stack = traceback.walk_stack(sys._current_frames()[main.ident])
+    return threading.current_thread() is main or any(frame.f_code.co_name == "join_listening" for frame, _ in stack)
+
+
 class Press(Callback):
     "Sends SIGINT to the process, once or twice, at an event."
 
@@ -78,7 +86,7 @@ class Press(Callback):
     def act(self, learn):
         self.left -= 1
         if self.left == 0:
-            until(lambda: signal.getsignal(signal.SIGINT) is not signal.default_int_handler, 10)  # somebody waits for the fit
+            until(somebody_waits, 10)
             for _ in range(self.times):
                 os.kill(os.getpid(), signal.SIGINT)
                 until(lambda: learn._stopping == "interrupted", 10)  # two signals at once are one
@@ -120,6 +128,27 @@ def test_the_cell_returns_at_once_and_wait_joins():
         learn.wait()  # nothing runs: at once
     learn.wait(0)
     learner().wait()
+
+
+def test_an_interrupt_while_the_thread_begins_asks_the_fit_to_stop(monkeypatch):
+    "It strikes between the start of the thread and the end of `fit()`: the fit is not lost, and can be waited for."
+    start, learn = FitThread.start, learner(sleep=0.01)
+
+    def struck(self):
+        start(self)
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+
+    monkeypatch.setattr(FitThread, "start", struck)
+    with nothing_left(learn):
+        learn.fit(epochs=2, background=True)
+        with pytest.raises(KeyboardInterrupt, match="learn.fit.. goes on"):
+            learn.wait(20)
+        assert learn.state == "interrupted" and learn.step < 12
+    monkeypatch.undo()
+    behind(learn)
+    assert (learn.step, learn.state) == (12, "finished")
 
 
 def test_several_fits_one_after_another_go_on():

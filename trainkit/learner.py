@@ -83,8 +83,8 @@ class Stoppable(Replaying):
 
 # %% ../nbs/27_learner.ipynb #36a8145d
 @contextmanager
-def two_stage_interrupt(ask: Callable[[], None]) -> Iterator[None]:
-    "While inside, the first SIGINT calls `ask()` and the second raises KeyboardInterrupt."
+def two_stage_interrupt(ask: Callable[[], None], patient: bool = False) -> Iterator[None]:
+    "While inside, the first SIGINT calls `ask()`; the second raises KeyboardInterrupt, unless `patient`."
     mine = threading.current_thread() is threading.main_thread()
     old = signal.getsignal(signal.SIGINT) if mine else None
     if old is None or old is signal.SIG_IGN:  # another thread, a handler of C's, or deliberately deaf
@@ -93,7 +93,7 @@ def two_stage_interrupt(ask: Callable[[], None]) -> Iterator[None]:
     asked: list[int] = []
 
     def handle(number: int, frame: Any) -> None:
-        if asked:
+        if asked and not patient:
             raise KeyboardInterrupt
         asked.append(number)
         ask()
@@ -376,7 +376,8 @@ class Apart(Trained):
             rest = left.pop_all()
             self._behind = FitThread(partial(self._train_behind, asked, rest), self._leave_soon)
             try:
-                self._behind.start()
+                with two_stage_interrupt(self._interrupted, patient=True):  # the thread may run before `start` returns
+                    self._behind.start()
             except BaseException:
                 self._behind = None
                 rest.close()

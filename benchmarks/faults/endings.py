@@ -9,8 +9,10 @@ import os
 import random
 import shutil
 import signal
+import sys
 import threading
 import time
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -63,10 +65,19 @@ def _raise(error: BaseException) -> None:
 
 
 def _press(times: int) -> None:
+    behind = threading.current_thread() is not threading.main_thread()
+    while behind and not _somebody_waits():
+        time.sleep(0.001)
     for _ in range(times):
         os.kill(os.getpid(), signal.SIGINT)
-        if threading.current_thread() is not threading.main_thread():
+        if behind:
             time.sleep(0.05)  # until the main thread has taken note; two signals at once are one
+
+
+def _somebody_waits() -> bool:
+    "Is the main thread in `wait()`?"
+    stack = traceback.walk_stack(sys._current_frames()[threading.main_thread().ident or 0])
+    return any(frame.f_code.co_name == "join_listening" for frame, _ in stack)
 
 
 DEEDS: dict[str, Callable[[], None]] = {
