@@ -102,7 +102,7 @@ RICH = {  # the text in the cells of its table, or in what stands above it
     "loaders": ["valid: far", "DataLoader", "5", "ArrayDataset of length 24"],
     "metrics": ["mae", "FunctionMetric('mae')"],
     "callbacks": ["Own()", "after_epoch", "AutoSave('epoch')"],
-    "callback": ["callback auto_save", "acts at", "after_epoch"],
+    "callback": ["AutoSave('epoch')", "acts at", "after_epoch"],
     "player": ["player model", "Linear, 4 parameters", "loss", "optimizer", "OptimBuilder('adamw'", "updates made", "6"],
     "plan": ["OptimBuilder", "adamw", "lr", "0.1", "cosine"],
     "timings": ["in all", "ms a step", "model's turn"],
@@ -148,6 +148,30 @@ def test_where_a_notebook_shows_it_it_is_a_table(learn, part):
 def test_what_has_many_facts_is_rich():
     short = {"snapshot", "mark", "stream", "random", "terms", "schedule", "curves", "knob", "dataset", "distances"}  # one line
     assert PARTS.keys() - RICH.keys() == short
+
+
+@pytest.mark.parametrize("status, words", [({"losses": None, "controls": None}, ["attached"]),
+                                           ({"losses": {"gan": None, "fit": 0.25}}, ["gan nan, fit 0.25"])])  # fmt: skip
+def test_what_is_attached_to_is_shown_whatever_its_status_has(learn, status, words, monkeypatch):
+    "A loss that is no number is the news of the day, and not left out."
+    monkeypatch.setattr("trainkit.attached.read_status", lambda path: {"state": "training", "step": 3, **status})
+    said = Cells(attach(learn.run)._repr_html_()).said
+    assert all(any(word in text for text in said) for word in words), said
+
+
+class Unsure:
+    "A loader whose length can't be told."
+
+    def __iter__(self): return iter([(X, X[:, :1])])
+    def __len__(self): raise RuntimeError("nobody knows")
+
+
+def test_what_is_not_known_yet_is_no_error():
+    "A loader that doesn't know its length, a network that doesn't know its shape, a plan without schedules."
+    learn = Learner(nn.Linear(3, 1), {"train": Unsure()}, "mse", front="none")
+    assert "Unsure" in repr(learn.loaders) and "Unsure" in learn.loaders._repr_html_()
+    lazy = Player("late", nn.LazyLinear(1), "mse")
+    assert "0 parameters" in repr(lazy) and "LazyLinear" in lazy._repr_html_()
 
 
 def test_a_learner_that_did_nothing_yet_has_no_table():

@@ -376,20 +376,28 @@ def is_built_on(full: str, known: Mapping[str, Known]) -> bool:
     return any(full in one.bases for one in known.values() if one.module == module)
 
 
+def names_in(node: ast.ClassDef) -> set[str]:
+    "What a class defines: its methods, and what is assigned in it or written down."
+    targets = [t for n in node.body for t in (n.targets if isinstance(n, ast.Assign) else [getattr(n, "target", None)])]
+    return {f.name for f in functions_of(node)} | {t.id for t in targets if isinstance(t, ast.Name)}
+
+
 def inherited(full: str, known: Mapping[str, Known]) -> list[str]:
     "What a class has from others of the package, in a table; nothing for one on which its module goes on building."
-    rows = dict[str, list[str]]()
-    mine = {f.name for f in functions_of(known[full].node)} if full in known else set()
+    rows, owners = dict[str, list[str]](), dict[str, str]()
+    mine = names_in(known[full].node) if full in known else set()
     for name in lineage(full, known) if not is_built_on(full, known) else ():
         one = known[name]
+        for named in names_in(one.node):
+            owners.setdefault(named, one.node.name)
         for f in functions_of(one.node):
             page = f"{reference_place(one.module)}#{one.node.name}{f.name}".lower()
             call = f"`{f.name}`" if is_property(f) else f"`{f.name}()`"
             linked = call if one.node.name.startswith("_") else f"[{call}](/{page})"
-            rows.setdefault(f.name, [linked, in_table(" ".join(summary(f)).strip()), f"`{one.node.name}`"])
+            rows.setdefault(f.name, [linked, in_table(" ".join(summary(f)).strip())])
         for a in fields_of(one.node, one.said):
-            rows.setdefault(a.name, [f"`{a.name}`", in_table(prose(a.meaning)) or code_in_table(a.kind), f"`{one.node.name}`"])
-    listed = [row for name, row in sorted(rows.items()) if not name.startswith("_") and name not in mine]
+            rows.setdefault(a.name, [f"`{a.name}`", in_table(prose(a.meaning)) or code_in_table(a.kind)])
+    listed = [[*row, f"`{owners[name]}`"] for name, row in sorted(rows.items()) if not name.startswith("_") and name not in mine]
     return ["From what it is made of, it has:", "", *table(["name", "what it is", "of"], listed)] if listed else []
 
 

@@ -3321,6 +3321,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'trainkit.player.as_terms': ('player.html#as_terms', 'trainkit/player.py'),
                                  'trainkit.player.backward': ('player.html#backward', 'trainkit/player.py'),
                                  'trainkit.player.checked_terms': ('player.html#checked_terms', 'trainkit/player.py'),
+                                 'trainkit.player.count': ('player.html#count', 'trainkit/player.py'),
                                  'trainkit.player.drop_gradients': ('player.html#drop_gradients', 'trainkit/player.py'),
                                  'trainkit.player.freeze': ('player.html#freeze', 'trainkit/player.py'),
                                  'trainkit.player.get_loss': ('player.html#get_loss', 'trainkit/player.py'),

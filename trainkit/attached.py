@@ -17,7 +17,7 @@ from .commands import ByName, Command, check_command
 from .journal import Entry, Journal, as_entry
 from .lines import Lines
 from .mailbox import NotListening, post_command, read_status, silence
-from .reprs import as_facts
+from .reprs import as_facts, in_short
 from .runs import runs
 from .settings import load_settings, nearest
 
@@ -303,9 +303,9 @@ class Attached(Watched):
 
     def _repr_html_(self) -> str:
         s = self.status()
-        told = {key: s.get(key) for key in ("state", "step", "epoch", "rate", "eta", "device", "error", "silence")}
-        losses = [f"{name} {value:.4g}" for name, value in s.get("losses", {}).items() if value is not None]
-        moved = [*dict.fromkeys(row["name"] for row in s.get("controls", []))]
+        told = {key: s.get(key) for key in ("state", "step", "epoch", "device", "error", "silence")}
+        losses = [f"{name} {'nan' if value is None else in_short(value)}" for name, value in dict(s.get("losses") or {}).items()]
+        moved = [*dict.fromkeys(str(row.get("name")) for row in s.get("controls") or ())]
         facts = {**told, "process": str(s.get("pid", "")), "losses": losses, "what can be moved": moved,
                  "checkpoints": len(self.checkpoints)}  # fmt: skip
         return as_facts(f"attached to {self.path}", facts.items())

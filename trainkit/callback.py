@@ -136,10 +136,10 @@ class Callback:
         return f"{type(self).__name__}()"
 
     def _repr_html_(self) -> str:
-        given = {key: value for key, value in vars(self).items()
-                 if not key.startswith("_") and isinstance(value, (bool, int, float, str, tuple))}  # fmt: skip
+        numbers = {key: value for key, value in vars(self).items()  # a text might be a password
+                   if not key.startswith("_") and isinstance(value, (bool, int, float))}  # fmt: skip
         about = {"": summary(self), "acts at": events_of(self), "order": self.order or None}
-        return as_facts(f"callback {self.name}", [*about.items(), *((key, repr(value)) for key, value in given.items())])
+        return as_facts(repr(self).partition("\n")[0], [*about.items(), *numbers.items()])
 
 
 def events_of(

@@ -53,7 +53,7 @@ def length_of(
     "The length of a loader, or None when it has none or cannot tell."
     try:
         return len(loader)
-    except (TypeError, NotImplementedError):
+    except Exception:  # a `__len__` may raise anything
         return None
 
 # %% ../nbs/11_data.ipynb #2f559e4f

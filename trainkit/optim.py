@@ -517,7 +517,7 @@ class Planned(dict[str, dict[str, np.ndarray]]):
     def __repr__(self) -> str:
         rows = [(option, label, f"{line[0]:.4g} → {line[-1]:.4g}", f"{len(line)} values")
                 for option, lines in self.items() for label, line in lines.items()]  # fmt: skip
-        return as_columns(rows)
+        return as_columns(rows) or "nothing is scheduled"
 
 
 def planned_values(

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Variable
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .data import describe
@@ -25,10 +26,10 @@ from .reprs import as_facts, in_short
 from .schedule import Schedule
 
 # %% auto #0
-__all__ = ['LOSSES', 'Term', 'get_loss', 'as_terms', 'named_modules', 'unwrapped', 'checked_terms', 'whole_batches', 'PlayerPlan',
-           'Player', 'BadLoss', 'losses_of', 'weighted_sum', 'total_of', 'backward', 'drop_gradients', 'is_watched',
-           'make_step', 'move', 'advance', 'share', 'mean_gradient', 'own_parameters', 'others_of', 'freeze', 'thaw',
-           'player_state', 'load_player']
+__all__ = ['LOSSES', 'Term', 'get_loss', 'as_terms', 'named_modules', 'count', 'unwrapped', 'checked_terms', 'whole_batches',
+           'PlayerPlan', 'Player', 'BadLoss', 'losses_of', 'weighted_sum', 'total_of', 'backward', 'drop_gradients',
+           'is_watched', 'make_step', 'move', 'advance', 'share', 'mean_gradient', 'own_parameters', 'others_of',
+           'freeze', 'thaw', 'player_state', 'load_player']
 
 # %% ../nbs/21_player.ipynb #490c5531
 @dataclass(repr=False)
@@ -117,6 +118,13 @@ def named_modules(name: str, modules: nn.Module | Iterable[nn.Module] | Mapping[
     if wrong or not found:
         raise TypeError(f"player {name!r} needs modules it may change; received {wrong or modules!r}")
     return found
+
+
+def count(
+    parameters: Iterable[nn.Parameter],
+) -> int:
+    "How many numbers they have; those that have no shape yet don't count."
+    return sum(p.numel() for p in parameters if not is_lazy(p))
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -221,13 +229,13 @@ class Player(PlayerPlan):
         return self.schedules["lr"]
 
     def __repr__(self) -> str:
-        n = sum(p.numel() for p in self.parameters())
+        n = count(self.parameters())
         moves = "" if self.every == 1 else f", every {self.every} batches"
         moves += "" if self.accumulate == 1 else f", accumulate={self.accumulate}"
         return f"Player({self.name!r}, {n:,} parameters, {self.builder or 'no optimizer yet'}{moves})"
 
     def _repr_html_(self) -> str:
-        modules = {key: f"{type(unwrapped(module)).__name__}, {sum(p.numel() for p in module.parameters()):,} parameters"
+        modules = {key: f"{type(unwrapped(module)).__name__}, {count(module.parameters()):,} parameters"
                    for key, module in self.modules.items()}  # fmt: skip
         loss = [f"{name} × {weight:g}" if weight != 1 else name for name, weight in self.weights.items()]
         moved = {key: f"{in_short(s.knob.read())}, {s!r}" for key, s in getattr(self, "schedules", {}).items()}
