@@ -10,7 +10,7 @@ One that takes long has `PARTS`, each measured by itself; what they found is kep
 the page is written, with the day and the machine of each:
 
     python -m benchmarks.NAME PART …     measures these parts anew, and writes the page
-    python -m benchmarks.NAME --again    measures nothing, and writes the page from what was kept
+    python -m benchmarks.NAME --again    measures nothing, and writes the page from what was kept (shows it, with --print)
 """
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ Work = Callable[[], Any]  # what is measured
 Maker = Callable[[], Work]  # prepares it, unmeasured
 Cell = str | float | int | None
 Part = Callable[[bool], list["Table"]]  # measures, in the tiny form if told so
+KEYS = "tables", "machine"  # what is kept of a part, beside the day
 
 
 @dataclass
@@ -148,28 +149,56 @@ def machine(*more: str) -> str:
             f"cores ({processor()}){gpu}, {torch.get_num_threads()} thread of torch's{load}.")
 
 
-def report(name: str, tables: list[Table], about: str) -> str:
-    "The tables under what the program's docstring says, its commands left out."
+def opening(name: str, about: str, where: str = "") -> list[str]:
+    "What stands above the tables: what the program's docstring says, its commands left out, and who wrote the page."
     head, *rest = about.strip().split("\n\n")
-    prose = [" ".join(part.split()) for part in rest if not part.startswith("    ")]
-    return "\n\n".join([f"# {head}", *prose, f"Written by `python -m benchmarks.{name}`. {machine()}", *map(str, tables)]) + "\n"
+    prose = [" ".join(text.split()) for text in rest if not text.startswith("    ")]
+    return [f"# {head}", *prose, f"Written by `python -m benchmarks.{name}`. {where}".rstrip()]
+
+
+def report(name: str, tables: list[Table], about: str) -> str:
+    "The page of a program without parts."
+    return "\n\n".join([*opening(name, about, machine()), *map(str, tables)]) + "\n"
+
+
+def write(file: str, text: str) -> None:
+    "Among the results; a program that ends in between leaves the old file whole."
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    fresh = RESULTS / f"{file}.new"
+    fresh.write_text(text, encoding="utf-8")
+    os.replace(fresh, RESULTS / file)
+
+
+def arguments(about: str) -> argparse.ArgumentParser:
+    "What every program can be given."
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--print", action="store_true", help="show the tables only")
+    parser.add_argument("--tiny", action="store_true", help="a few steps, shown only")
+    return parser
 
 
 # --- programs in parts
 
 
-def kept(name: str) -> dict[str, dict[str, Any]]:
-    "What a program has kept, by its parts."
+def kept(name: str, *keys: str) -> dict[str, dict[str, Any]]:
+    "What a program has kept, by its parts. ValueError: it can't be read, or a part has no day or not all of these keys."
     path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file(): return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for part, said in found.items():
+            if lacking := {"made", *keys} - said.keys():
+                raise ValueError(f"part {part!r} lacks {', '.join(sorted(lacking))}; it has {', '.join(said) or 'nothing'}")
+    except (ValueError, AttributeError) as error:  # the second, of what is no object
+        raise ValueError(f"{path} can't be used: {error}. It must be a JSON object of parts, each with "
+                         f"{', '.join(('made', *keys))}. Put back an older one, or remove it.") from None  # fmt: skip
+    return found
 
 
 def keep(name: str, part: str, **found: Any) -> dict[str, dict[str, Any]]:
     "Keep what a part has found, with the day; returns what is kept of all of them."
     every = kept(name) | {part: {"made": f"{date.today()}", **found}}
-    RESULTS.mkdir(exist_ok=True)
-    text = json.dumps(every, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-    (RESULTS / f"{name}.json").write_text(text, encoding="utf-8")
+    write(f"{name}.json", json.dumps(every, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
     return every
 
 
@@ -181,9 +210,7 @@ def page(
     computed: list[Table] | None = None,  # tables that nothing is measured for
 ) -> str:
     "The page of a program in parts: of each its tables, the day and the machine."
-    head, *rest = about.strip().split("\n\n")
-    lines = [f"# {head}", *(" ".join(text.split()) for text in rest if not text.startswith("    ")),
-             f"Written by `python -m benchmarks.{name}`."]  # fmt: skip
+    lines = opening(name, about)
     for part in parts:
         said = found.get(part, {"tables": [], "made": "not yet", "machine": ""})
         lines += [str(Table(**table)) for table in said["tables"]]
@@ -198,34 +225,35 @@ def main_in_parts(
     computed: list[Table] | None = None,  # as for `page`
     packages: tuple[str, ...] = (),  # others whose versions matter
 ) -> None:
-    "Measure the parts that are named, or all; keep what each has found, and write the page."
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    "Measure the parts that are named, or all; keep what each has found, and write the page, each time."
+    parser = arguments(about)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)}; all of them if there is none")
     parser.add_argument("--again", action="store_true", help="measure nothing, write the page from what was kept")
-    parser.add_argument("--print", action="store_true", help="show the tables only")
-    parser.add_argument("--tiny", action="store_true", help="a few steps, shown only")
     given = parser.parse_args()
     if strange := {*given.parts} - {*parts}:
         parser.error(f"no part is called {', '.join(sorted(strange))}; there are: {', '.join(parts)}")
+    if given.again and (given.parts or given.tiny):
+        parser.error(f"--again measures nothing, and can't be given with {' '.join(given.parts) or '--tiny'}")
     torch.set_num_threads(1)
-    for part in () if given.again else given.parts or parts:
+    paged, only_shown = partial(page, name, parts, about=about, computed=computed), given.tiny or given.print
+    if given.again or not only_shown:
+        text = paged(kept(name, *KEYS))  # what can't be used is told before hours are spent
+    if given.again:
+        if given.print: print(text)
+        else: write(f"{name}.md", text)
+        return
+    for part in given.parts or parts:
         tables = parts[part](given.tiny)
         print(*tables, machine(*packages), sep="\n\n", flush=True)
-        if not (given.tiny or given.print):
-            keep(name, part, tables=[asdict(table) for table in tables], machine=machine(*packages))
-    if not (given.tiny or given.print):
-        (RESULTS / f"{name}.md").write_text(page(name, parts, kept(name), about, computed), encoding="utf-8")
+        if not only_shown:
+            found = keep(name, part, tables=[asdict(table) for table in tables], machine=machine(*packages))
+            write(f"{name}.md", paged(found))
 
 
 def main(name: str, measure: Callable[[bool], list[Table]], about: str) -> None:
     "Measure, then write or show."
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--print", action="store_true", help="show the tables only")
-    parser.add_argument("--tiny", action="store_true", help="a few steps, shown only")
-    given = parser.parse_args()
+    given = arguments(about).parse_args()
     torch.set_num_threads(1)
     text = report(name, measure(given.tiny), about or "")
     print(text)
-    if not (given.tiny or given.print):
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{name}.md").write_text(text)
+    if not (given.tiny or given.print): write(f"{name}.md", text)

@@ -236,7 +236,25 @@ def row_of(name: str, windows: list[tuple[bool | None, float, float]], seen: lis
             f"{dragged[1]:.1f} % and {left[1]:.1f} %", f"{dragged[2]:.1f} % and {left[2]:.1f} %")  # fmt: skip
 
 
-def dragged_alone(pairs: int, seconds: float = 2.0) -> tuple:
+def unfailing(message: dict[str, Any]) -> None:
+    "For what a kernel says: a cell that fails ends the measurement."
+    if message["msg_type"] == "error":
+        raise RuntimeError("\n".join(["a cell failed:", *message["content"]["traceback"]]))
+
+
+def await_file(file: Path, client: Any, seconds: float) -> None:
+    "Until a cell that runs has written it. RuntimeError: the cell failed; TimeoutError: neither came in so many seconds."
+    end = time.monotonic() + seconds
+    while not file.exists():
+        while client.iopub_channel.msg_ready():
+            unfailing(client.get_iopub_msg(timeout=1))
+        if time.monotonic() > end:
+            raise TimeoutError(f"the cell that is to write {file.name} has not done so in {seconds:g} s, nor failed")
+        time.sleep(0.5)
+        client.connect_shell().close()  # ipykernel 7.0 to 7.3 can miss a request until somebody connects
+
+
+def dragged_alone(pairs: int, seconds: float = 2.0, wait: float = 120.0) -> tuple:
     "The same messages from a client that draws nothing: the next one when the last one is answered, 60 a second at most."
     from jupyter_client.manager import start_new_kernel
 
@@ -244,11 +262,9 @@ def dragged_alone(pairs: int, seconds: float = 2.0) -> tuple:
     with tempfile.TemporaryDirectory() as folder:
         manager, client = start_new_kernel(kernel_name="python3", cwd=folder)
         try:
-            client.execute_interactive(MAKE.replace("NAME", "alone") + PATIENT + WHICH, output_hook=lambda message: None)
+            client.execute_interactive(MAKE.replace("NAME", "alone") + PATIENT + WHICH, output_hook=unfailing)
             client.execute("gan.fit(steps=10**6)", allow_stdin=True)
-            while not (name := Path(folder) / "slider.json").exists():
-                time.sleep(0.5)
-                client.connect_shell().close()  # ipykernel 7.0 to 7.3 can miss a request until somebody connects
+            await_file(name := Path(folder) / "slider.json", client, wait)
             time.sleep(3)
             slider = json.loads(name.read_text())
             for moved in (True, None, None, True) * (pairs // 2):
@@ -341,7 +357,7 @@ def in_kernel(sources: list[str], result: str) -> tuple[Any, list[int]]:
         def count(message: dict[str, Any]) -> None:
             sizes[0] += 1
             sizes[1] += len(json.dumps(message["content"]))
-            assert message["msg_type"] != "error", message["content"]
+            unfailing(message)
 
         try:
             for source in sources:

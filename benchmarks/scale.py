@@ -205,10 +205,6 @@ def modelled() -> list[Table]:
     return [steps, parts, saves]
 
 
-def measure(tiny: bool = False) -> list[Table]:
-    return [*measured(tiny), *modelled()]
-
-
 PARTS: dict[str, common.Part] = {"ranks": measured}
 
 

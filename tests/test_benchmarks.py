@@ -1,4 +1,5 @@
 "The benchmarks in a tiny form: each gives its tables, with numbers where numbers belong; how fast anything is, is not asked."
+import json
 import math
 import os
 import re
@@ -6,6 +7,7 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -180,11 +182,12 @@ def test_pages_are_what_their_programs_make_of_what_they_kept():
 
 @pytest.fixture
 def in_parts(tmp_path, monkeypatch):
-    "A program of two parts, that writes elsewhere; each measures 1, then 2, and so on."
-    counts = {"first": 0, "second": 0}
+    "A program of two parts, that writes elsewhere; each measures 1, then 2, and so on, or fails when it is among `failing`."
+    counts, failing = {"first": 0, "second": 0}, set()
 
     def part(name):
         def measure(tiny):
+            if name in failing: raise RuntimeError(f"no {name} today")
             counts[name] += 1
             return [Table(f"The {name}", ("what", "found"), [("tiny" if tiny else "x", 1.5 * counts[name])], ["A note."])]
         return measure
@@ -195,6 +198,7 @@ def in_parts(tmp_path, monkeypatch):
         common.main_in_parts("it", parts, about, [Table("More", ("a",))])
         return (tmp_path / "it.md").read_text() if (tmp_path / "it.md").exists() else None
 
+    run.counts, run.failing = counts, failing
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     return run
 
@@ -212,6 +216,115 @@ def test_parts_are_kept_and_measured_by_themselves(in_parts, capsys):
     with pytest.raises(SystemExit):
         in_parts("third")
     assert "no part is called third; there are: first, second" in capsys.readouterr().err
+
+
+def test_a_part_that_fails_leaves_json_and_page_together(in_parts, tmp_path):
+    "The page has what was measured before it."
+    in_parts.failing.add("second")
+    with pytest.raises(RuntimeError, match="no second today"):
+        in_parts()
+    assert {*common.kept("it", *common.KEYS)} == {"first"}
+    page = (tmp_path / "it.md").read_text()
+    assert "| x | 1.5 |" in page and "Measured (second): not yet." in page and in_parts("--again") == page
+
+
+@pytest.mark.parametrize("at", ["write_text", "replace"])
+def test_what_was_kept_survives_a_write_that_fails(in_parts, tmp_path, monkeypatch, at):
+    "Half of the text, or all of it, is written: the old files stay, whole."
+    in_parts()
+    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert before.keys() == {"it.json", "it.md"}
+    write = Path.write_text
+
+    def full(*given, **kw):
+        if at == "write_text": write(given[0], given[1][:len(given[1]) // 2], encoding="utf-8")
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
+        patch.setattr(Path if at == "write_text" else os, at, full)
+        in_parts("first")
+    assert {name: (tmp_path / name).read_text() for name in before} == before
+
+
+@pytest.mark.parametrize("text, said", [
+    ('{"first": {"made": "2', "Unterminated string starting at: line 1 column 20"),
+    ("[1, 2]", "'list' object has no attribute 'items'"),
+    ('{"first": 3}', "'int' object has no attribute 'keys'"),
+    ('{"first": {"made": "today"}}', "part 'first' lacks machine, tables; it has made"),
+    ('{"first": {}}', "part 'first' lacks machine, made, tables; it has nothing"),
+])  # fmt: skip
+def test_what_cannot_be_used_is_told_before_anything_is_measured(in_parts, tmp_path, text, said):
+    path = tmp_path / "it.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} can't be used: {re.escape(said)}.*made, tables, machine\. "):
+        in_parts()
+    assert not any(in_parts.counts.values()) and path.read_text() == text
+    in_parts("--tiny"), in_parts("--print")  # what they show, nobody keeps
+    assert in_parts.counts == {"first": 2, "second": 2}
+
+
+def test_kept_without_tables_has_its_day(tmp_path, monkeypatch):
+    "As the faults keep their lines: no keys but the day are asked for, if none are named."
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    assert common.keep("it", "first", rows=[1]) == common.kept("it") == common.kept("it", "rows")
+    (tmp_path / "it.json").write_text(json.dumps({"first": {"rows": [1]}}))
+    with pytest.raises(ValueError, match="part 'first' lacks made; it has rows"):
+        common.kept("it")
+
+
+@pytest.mark.parametrize("more", ["first", "--tiny"])
+def test_again_measures_nothing(in_parts, capsys, more):
+    with pytest.raises(SystemExit):
+        in_parts("--again", more)
+    assert f"--again measures nothing, and can't be given with {more}" in capsys.readouterr().err
+
+
+def test_again_shows_the_page(in_parts, tmp_path, capsys):
+    page = in_parts("second")
+    (tmp_path / "it.md").unlink()
+    capsys.readouterr()
+    assert in_parts("--again", "--print") is None and capsys.readouterr().out == page + "\n"
+
+
+def test_again_makes_the_folder(in_parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "new" / "results")
+    in_parts("--again")
+    page = (tmp_path / "new" / "results" / "it.md").read_text()
+    assert page.count("not yet.") == 2 and page.startswith("# It\n\nAbout it.\n\nWritten by `python -m benchmarks.it`.\n\n")
+
+
+def test_a_program_measures_in_one_way():
+    "In parts, or all of it."
+    texts = {path.stem: path.read_text() for path in (ROOT / "benchmarks").glob("*.py") if path.stem != "common"}
+    in_parts = {name for name, text in texts.items() if "common.main_in_parts(" in text}
+    assert in_parts == {"live", "scale"} and not [name for name in in_parts if "def measure(" in texts[name]]
+
+
+def client(*said):
+    "Of a kernel that says this while a cell runs; nobody asks it more than a few times."
+    messages, asked = list(said), []
+
+    def connected():
+        asked.append(1)
+        assert len(asked) < 9, "it would wait for ever"
+        return SimpleNamespace(close=lambda: None)
+
+    return SimpleNamespace(iopub_channel=SimpleNamespace(msg_ready=lambda: bool(messages)), connect_shell=connected,
+                           get_iopub_msg=lambda timeout: messages.pop(0))  # fmt: skip
+
+
+def test_a_cell_that_writes_nothing_is_not_awaited_for_ever(tmp_path, monkeypatch):
+    from benchmarks import live
+
+    clock = iter(range(99))
+    monkeypatch.setattr(live, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda seconds: None))
+    file = tmp_path / "slider.json"
+    with pytest.raises(TimeoutError, match="^the cell that is to write slider.json has not done so in 5 s, nor failed$"):
+        live.await_file(file, client({"msg_type": "stream", "content": {}}), 5)
+    with pytest.raises(RuntimeError, match="^a cell failed:\nIn line 1:\nno gan$"):
+        live.await_file(file, client({"msg_type": "error", "content": {"traceback": ["In line 1:", "no gan"]}}), 5)
+    file.write_text("{}")
+    live.await_file(file, client(), 0)
 
 
 def test_one_file_of_sharded_parameters_is_gathered_first():
