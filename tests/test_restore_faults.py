@@ -12,7 +12,7 @@ from trainkit.callback import Callback
 from trainkit.checkpoint import CheckpointError
 from trainkit.learner import Learner
 from trainkit.optim import OptimBuilder
-from trainkit.state import RestoreError, misshapen
+from trainkit.state import PLAYER, RestoreError, misshapen
 
 X = torch.randn(24, 3, generator=torch.Generator().manual_seed(0))
 Y = X.sum(1, keepdim=True)
@@ -156,3 +156,14 @@ def test_a_branch_that_cannot_be_saved_is_none(learn, monkeypatch, tmp_path):
         same(before[key], learn.state_dict()[key], key)
     learn.fit(steps=6)
     assert learn.checkpoints.find("last").step == 18
+
+
+def test_every_part_of_a_player_is_looked_for():
+    "What `player_state` keeps and what a state is judged by are the same; nothing else may be missing unnoticed."
+    learn = Learner(torch.nn.Linear(2, 1), (torch.ones(8, 2), torch.ones(8, 1)), "mse", front="none")
+    learn.fit(1)
+    state = learn.state_dict()
+    kept = state["players"]["model"]
+    assert {key: type(value) for key, value in kept.items()} == PLAYER
+    for key in PLAYER:
+        assert misshapen({**state, "players": {"model": {k: v for k, v in kept.items() if k != key}}})

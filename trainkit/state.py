@@ -104,7 +104,7 @@ class Parts(State):
 PARTS = {"players": dict, "position": dict, "stream": dict, "callbacks": dict, "history": dict, "rng": dict}
 PLAYER = {"modules": dict, "losses": dict, "optimizer": dict, "schedules": dict, "optimizer_class": str, "terms": list,
           "said": dict, "weights": dict, "window": list, "gradients": dict, "scaler": dict, "updates": int, "every": int,
-          "accumulate": int}  # fmt: skip
+          "accumulate": int, "seen": list}  # fmt: skip
 
 
 def misshapen(state: Any) -> list[str]:
