@@ -12,7 +12,8 @@ from trainkit.callback import Callback
 from trainkit.checkpoint import CheckpointError
 from trainkit.learner import Learner
 from trainkit.optim import OptimBuilder
-from trainkit.state import PLAYER, RestoreError, misshapen
+from trainkit.state import PLAYER as KINDS
+from trainkit.state import RestoreError, misshapen
 
 X = torch.randn(24, 3, generator=torch.Generator().manual_seed(0))
 Y = X.sum(1, keepdim=True)
@@ -164,6 +165,6 @@ def test_every_part_of_a_player_is_looked_for():
     learn.fit(1)
     state = learn.state_dict()
     kept = state["players"]["model"]
-    assert {key: type(value) for key, value in kept.items()} == PLAYER
-    for key in PLAYER:
+    assert {key: type(value) for key, value in kept.items()} == KINDS
+    for key in KINDS:
         assert misshapen({**state, "players": {"model": {k: v for k, v in kept.items() if k != key}}})
