@@ -67,10 +67,11 @@ def wide(text: str) -> float:
 def clipped(
     text: str,  # in one line
     room: float,  # points
+    rest: str = "",  # what will stand behind it, in the same room
 ) -> str:
     "The text; if it is longer than that, its beginning and its end."
     short, n = text, len(text)
-    while n > 1 and (needed := wide(short)) > room:
+    while n > 1 and (needed := wide(short + rest)) > room:
         n = max(1, min(n - 1, int(n * room / needed)))
         short = f"{text[:n - n // 2 - 1]}…{text[len(text) - n // 2:]}"
     return short
@@ -87,7 +88,7 @@ def name_of(
         length += wide(", ") + wide(text)
         if name and length + wide(more) > room: break
         name, others = f"{text}, {name}" if name else text, more
-    return clipped(name, room - wide(others)) + others
+    return clipped(name, room, others) + others
 
 # %% ../../nbs/50a_ui_marks.ipynb #2fdbd7eb
 class Name:
