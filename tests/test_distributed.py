@@ -590,10 +590,16 @@ def test_who_hears_of_an_end_lets_go_of_what_the_failed_call_holds():
     class Connection:
         pass
 
-    def call():
+    def connect():
         connection = Connection()
         seen.append(weakref.ref(connection))
         raise RuntimeError("Connection closed by peer")
+
+    def call():
+        try:
+            connect()
+        except RuntimeError as error:
+            raise RuntimeError("the ranks have parted") from error
 
     team, seen, held = Talking(cpu=True), [], []
     team.size, team.store = 1, torch.distributed.HashStore()

@@ -24,7 +24,7 @@ SAME = ["plain", "adamw", "accumulated", "unused", "gan_every", "gan_at_once", "
         "early", "frozen_turns", "bounded", "spectral", "tied"]  # fmt: skip
 BOTH = ["bad_steps", "cancels", "cancels_others", "interrupted"]
 TWO = [*SAME, *BOTH, "ddp", "wrapped", "gan_norms", "commanded", "whole_numbers", "resumed", "saved_apart", "behind",
-       "falls_back", "resumed_apart", "resumed_alone", "mixed", "narrow", "refused"]  # fmt: skip
+       "falls_back", "resumed_apart", "resumed_alone", "mixed", "narrow", "asked_for", "refused"]  # fmt: skip
 FOUR = ["plain", "adamw", "gan_penalty", *BOTH, "early", "commanded", "behind", "narrow", "resumed", "falls_back",
         "resumed_apart"]  # fmt: skip
 
@@ -251,7 +251,10 @@ def test_a_fault_of_parts_goes_from_rank_to_rank():
 
 @pytest.mark.parametrize("n", [2, 4])
 def test_a_rank_that_dies_ends_the_others_and_leaves_the_checkpoint_before(tmp_path, n):
-    "It fails, and is killed, while parts are written behind the training; of two it is also killed while all wait for them."
+    """It fails, and is killed, while parts are written behind the training; of two it is also killed while all wait for them.
+
+    The others hear of it while everybody is still there who is left, and whatever learners those keep.
+    """
     dying = {"fails_and_killed": ["killed"], "dies": ["dies"] * (n == 2)}
     every = [unlaunched(n, tmp_path, name, "sharded_ranks.py") for name, ends in dying.items() if ends]
     for processes in every:
@@ -259,8 +262,10 @@ def test_a_rank_that_dies_ends_the_others_and_leaves_the_checkpoint_before(tmp_p
         assert [process.returncode for process in processes] == [-9 if rank == 1 else 1 for rank in range(n)], said
     others = {*range(n)} - {1}
     told = [(tmp_path / f"fails_behind.{rank}.txt").read_text() for rank in range(n)]
-    assert all("rank 1 failed: ValueError: the disk is on fire" in told[rank] for rank in others)
-    assert told[1].startswith("ValueError: the disk is on fire")
+    assert all("rank 1 failed: RuntimeError: no process group puts the disk out" in told[rank] for rank in others)
+    assert told[1].startswith("RuntimeError: no process group puts the disk out")
+    for name, there in ("fails_behind", {1, *others}), ("killed", others):
+        assert [(tmp_path / f"{name} without.{rank}.txt").read_text() for rank in there] == ["[]"] * len(there)
     learn = sharded_ranks.learner(net(seed=9), run=tmp_path / "fails_behind", distributed=None, save_every="none")
     assert learn.restore("in flight").step == 6
     for name in sum(dying.values(), []):
@@ -313,6 +318,11 @@ def test_what_parts_cannot_do_is_refused_by_name(runs):
     assert "Adafactor takes means of rows and columns" in optimizer and "compile=" in compiled
     assert clip.startswith("ValueError: AdaptiveClip and distributed='fsdp'") and "trainkit export" in export
     assert "pretrained=" in load and "Distributed('fsdp', hold=True)" in penalty
+
+
+def test_a_precision_that_only_the_launcher_was_told_of_is_named_where_the_learner_is_made(runs):
+    ((words, where),) = found(runs, 2, "asked_for")[0]["bf16", "fp32"]
+    assert "accelerate launch asked for bf16" in words and where == "ranks.py"
 
 
 def test_an_older_torch_is_named(monkeypatch):

@@ -63,6 +63,7 @@ def taken_apart(
 @contextlib.contextmanager
 def in_our_words(what: str, path: Path) -> Iterator[None]:
     "Inside, what torch's checkpoints fail with becomes a CheckpointError."
+    from torch.distributed import DistNetworkError
     from torch.distributed.checkpoint import CheckpointException
 
     try:
@@ -72,7 +73,7 @@ def in_our_words(what: str, path: Path) -> Iterator[None]:
         if isinstance(failure, KeyboardInterrupt):
             raise failure from None
         if from_afar(failure):
-            raise RuntimeError(f"Connection closed: {failure}") from error
+            raise DistNetworkError(f"Connection closed: {failure}") from error
         raise CheckpointError(f"could not {what} {path}: rank {rank}: {type(failure).__name__}: {failure}") from error
 
 # %% ../nbs/66a_converter.ipynb #e9b80ab2

@@ -197,12 +197,15 @@ class Alike(Member):
 
     def _place(self, compile: bool | dict) -> None:
         super()._place(compile)
-        if not self.team.rank:
-            check_precision(self.precision.name)
         if not self.team.together:
             return
         self.stream.seed = self.team.share(self.stream.seed, "the making of a learner")  # type: ignore[attr-defined]
         share_out(self.stream, self.team)  # type: ignore[arg-type]
+
+    def _remember(self, run: str | Path | None) -> None:
+        if not self.team.rank:
+            check_precision(self.precision.name)  # here, where all kinds of learners are equally far from who makes them
+        super()._remember(run)
 
     def _equip(self, settings: Any) -> None:
         if self.team.together:

@@ -24,12 +24,13 @@ from .checkpoint import Entry, Which, _free_path
 from .converter import PARTS, PartsError, clear_parts, fill, place_for, store_parts, taken_apart
 from .device import to_device
 from .distributed import SLOTS, Ranked
+from .failure import forget_variables
 from .identity import architectures, own_code
 from .player import Player, backward, share, unwrapped
 from .sharded import Divided, cut_alike, cut_like, made_whole
 from .state import misshapen
 from .storage import Background, CheckpointError
-from .team import RankError, from_afar
+from .team import Keeper, RankError, from_afar
 
 # %% auto #0
 __all__ = ['MATRICES', 'NEED_WHOLE', 'HINTS', 'kinds_of', 'unfuse', 'Parting', 'Parted', 'Asking', 'Convening', 'Summing',
@@ -86,7 +87,6 @@ class Parting(Ranked):
         self._told_of = own_code([*tops.values()]), architectures(self.players)
         mesh, how = init_device_mesh(self.team.device.type, (self.team.size,)), self.how
         self._divided = {key: Divided(top, mesh, how.wrap, how.hold, self._policy(top)) for key, top in tops.items()}
-        self.team.closing = tuple(divided.leave for divided in self._divided.values())
 
     def _policy(self, module: nn.Module) -> Any:
         from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -417,10 +417,11 @@ class Cutting(Accompanying):
         super()._wear(players, states, callbacks)
 
 # %% ../nbs/66b_fsdp.ipynb #9cecfa63
-class Aside:
+class Aside(Keeper):
     "The ranks once more, for what threads say to each other behind the training."
 
     PATIENCE = timedelta(hours=1)  # for one that writes slowly; one that has died is noticed at once
+    mesh: Any = None  # of these ranks
 
     def __init__(self, team: Any):  # all ranks make one together
         from torch.distributed.device_mesh import DeviceMesh
@@ -428,6 +429,11 @@ class Aside:
         self.rank, self.size, self.broken = team.rank, team.size, False
         self.group = dist.new_group(backend="gloo", timeout=self.PATIENCE)
         self.mesh = DeviceMesh.from_group(self.group, "cpu")
+
+    def leave(self) -> None:
+        "Let go of the connections; nothing can be said here any more."
+        self.group, self.broken = None, True
+        getattr(self.mesh, "_pg_registry", {}).clear()
 
     def gather(self, thing: Any) -> list[Any]:
         "What each rank has, in their order."
@@ -452,10 +458,9 @@ class Aside:
         "Write parts, as `store_parts` does; after a failure that isn't one of all ranks, nothing can be said here any more."
         try:
             return store_parts(path, tensors, self)
-        except CheckpointError:
-            raise
-        except BaseException:
-            self.broken = True
+        except BaseException as error:
+            self.broken = self.broken or not isinstance(error, CheckpointError)
+            forget_variables(error)  # the error is kept until somebody asks, and these have the connections
             raise
 
     def copies(self, tensors: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -5,13 +5,14 @@
 # %% ../nbs/66_sharded.ipynb #b60683b1
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from .data import describe
+from .team import Keeper
 
 # %% auto #0
 __all__ = ['blocks_of', 'check_torch', 'Dividing', 'Divided', 'in_parts', 'where_it_lies', 'made_whole', 'mapped', 'cut_like',
@@ -76,6 +77,8 @@ def check_torch() -> None:
 class Dividing:
     "Divides a module, and notes which of its parameters a backward reaches."
 
+    parts: Sequence[Any] = ()  # what is gathered at a time; none until the module is divided
+
     def __init__(
         self,
         module: nn.Module,  # with equal parameters on all ranks
@@ -97,7 +100,7 @@ class Dividing:
         self.top.set_reduce_scatter_unused_params(True)
         self.top.set_reshard_after_backward(not hold)
         self.top._get_fsdp_state()._lazy_init()  # now, so that a part that is called first doesn't take itself for the whole
-        self.parts: list[Any] = [m for m in module.modules() if hasattr(m, "_get_fsdp_state") and hasattr(m, "reshard")]
+        self.parts = [m for m in module.modules() if hasattr(m, "_get_fsdp_state") and hasattr(m, "reshard")]
         self._watch()
         self.top.set_requires_gradient_sync(not hold)
 
@@ -120,7 +123,7 @@ class Dividing:
         return lambda grad: self.used.add(key)
 
 # %% ../nbs/66_sharded.ipynb #a0e6ba26
-class Divided(Dividing):
+class Divided(Dividing, Keeper):
     "A module of whose parameters each rank keeps a part; changed in place."
 
     def sync(self, on: bool) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import time
 import traceback
@@ -20,9 +21,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .device import preserve_rng, rng_state, set_rng_state
+from .failure import forget_variables
 
 # %% auto #0
-__all__ = ['leave', 'engine', 'RankError', 'from_afar', 'Failing', 'Team', 'Checked', 'Talking', 'Deciding']
+__all__ = ['leave', 'engine', 'RankError', 'from_afar', 'by_torch', 'Keeper', 'Failing', 'Team', 'Checked', 'Talking', 'Deciding']
 
 # %% ../nbs/65_team.ipynb #03e72654
 def leave() -> None:
@@ -60,9 +62,23 @@ def from_afar(error: BaseException) -> bool:
     "Is it what torch raises when a rank is lost? Other errors than RuntimeErrors may speak of any path."
     said = ("gloo", "NCCL", "onnection closed", "onnection reset", "process group", "Process group", "ProcessGroup")
     chain = [e for e in (error, error.__cause__, error.__context__) if isinstance(e, RuntimeError)]
-    return any(isinstance(e, dist.DistError) or any(word in str(e) for word in said) for e in chain)
+    return any(isinstance(e, dist.DistError) or (any(word in str(e) for word in said) and by_torch(e)) for e in chain)
 
-# %% ../nbs/65_team.ipynb #207dbb63
+
+def by_torch(error: BaseException) -> bool:
+    "Was it raised in torch? An error that came from another rank, without a traceback, may have been."
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return not frames or frames[-1].f_globals.get("__name__", "").partition(".")[0] == "torch"
+
+# %% ../nbs/65_team.ipynb #e41f6f07
+class Keeper:
+    "Something that keeps the process group, and so its connections, until it leaves."
+
+    def leave(self) -> None:
+        "Let go of the connections."
+        raise NotImplementedError
+
+
 class Failing:
     "How a rank learns of another's end, and tells of its own."
 
@@ -70,7 +86,6 @@ class Failing:
     size: int = 1
     store: Any = None  # the key-value store of the process group
     broken: str = ""  # why there is nobody to talk to any more
-    closing: tuple[Callable[[], None], ...] = ()  # what lets go of the process group: whoever keeps it keeps its connections
 
     def fail(self, why: str, word: str = "") -> None:
         "Tell the others why this rank ends (or another `word`), and let go of them."
@@ -83,8 +98,8 @@ class Failing:
 
     def _leave(self) -> None:
         "Close the connections; wait a little, so that whoever keeps the store doesn't take the word along."
-        for close in self.closing:
-            close()
+        for keeper in [x for x in gc.get_objects() if issubclass(type(x), Keeper)]:  # of all learners
+            keeper.leave()
         if dist.is_initialized():
             dist.destroy_process_group()
         heard, end = self.store.add("trainkit/heard", 1), time.monotonic() + 3
@@ -95,7 +110,7 @@ class Failing:
     def lost(self, error: BaseException) -> RankError:
         "What to raise when a collective call has failed: the word that somebody left, or that nobody did."
         if not self.broken:
-            traceback.clear_frames(error.__traceback__)
+            forget_variables(error)
             said, end = "", time.monotonic() + 1
             with suppress(RuntimeError):
                 while not said and time.monotonic() < end:
