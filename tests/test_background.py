@@ -151,6 +151,21 @@ def test_an_interrupt_while_the_thread_begins_asks_the_fit_to_stop(monkeypatch):
     assert (learn.step, learn.state) == (12, "finished")
 
 
+def test_who_waits_at_once_waits():
+    "The thread may have begun without having come as far as its first line."
+    learn = learner()
+    train = learn._train_behind
+
+    def late(*how):
+        time.sleep(0.3)
+        train(*how)
+
+    learn._train_behind = late
+    with nothing_left(learn):
+        behind(learn, epochs=2)
+    assert (learn.step, learn.state) == (12, "finished")
+
+
 def test_several_fits_one_after_another_go_on():
     straight, parts = learner(), learner()
     straight.fit(epochs=3)

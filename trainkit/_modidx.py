@@ -61,6 +61,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'trainkit.background.FitThread.__init__': ( 'background.html#fitthread.__init__',
                                                                                  'trainkit/background.py'),
                                      'trainkit.background.FitThread._run': ('background.html#fitthread._run', 'trainkit/background.py'),
+                                     'trainkit.background.FitThread.ident': ('background.html#fitthread.ident', 'trainkit/background.py'),
                                      'trainkit.background.FitThread.join': ('background.html#fitthread.join', 'trainkit/background.py'),
                                      'trainkit.background.FitThread.start': ('background.html#fitthread.start', 'trainkit/background.py'),
                                      'trainkit.background.FitThread.taken': ('background.html#fitthread.taken', 'trainkit/background.py'),

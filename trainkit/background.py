@@ -100,6 +100,11 @@ class FitThread:
         rest_team()
         self._thread.start()
 
+    @property
+    def ident(self) -> int:
+        "Which thread it is; 0 before it begins."
+        return self._thread.ident or 0
+
     def join(self, timeout: float | None = None) -> bool:
         "Wait, for so many seconds at most; is it over?"
         if self._over.wait(timeout):

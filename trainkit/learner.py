@@ -378,6 +378,7 @@ class Apart(Trained):
             try:
                 with two_stage_interrupt(self._interrupted, patient=True):  # the thread may run before `start` returns
                     self._behind.start()
+                    self._trainer = self._behind.ident  # it says so itself, but perhaps later than somebody waits for it
             except BaseException:
                 self._behind = None
                 rest.close()
