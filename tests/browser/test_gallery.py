@@ -47,6 +47,10 @@ class Shown:
     def press(self, text: str) -> None:
         self.area.get_by_role("button", name=text, exact=True).click()
 
+    def expect_rows(self, *names: str) -> None:
+        "The rows become these; the page puts them in their places one by one."
+        expect(self.area.locator(".widget-toggle-button")).to_have_text([*names], timeout=20_000)
+
     def rows(self) -> list[str]:
         return [t.strip() for t in self.area.locator(".widget-toggle-button").all_inner_texts()]
 
@@ -67,11 +71,9 @@ def test_look_choose_go_back(lab, page, tmp_path):
     notebook.screenshot("gallery-1-shown")
 
     shown.press("checkpoint")
-    expect(shown.area.locator(".widget-toggle-button").first).to_have_text("40")
-    assert shown.rows() == ["40", "80", "120", "160"]
+    shown.expect_rows("40", "80", "120", "160")
     shown.press("checkpoint ▴")
-    expect(shown.area.locator(".widget-toggle-button").first).to_have_text("160")
-    assert shown.rows() == ["160", "120", "80", "40"]
+    shown.expect_rows("160", "120", "80", "40")
 
     for name in ("40", "160"): shown.press(name)
     shown.press("Compare")
@@ -96,7 +98,7 @@ def test_look_choose_go_back(lab, page, tmp_path):
     shown.press("Delete …")
     shown.press("Yes, delete it")
     shown.answer("Checkpoint 120 is deleted.")
-    assert shown.rows() == ["160", "80", "40"]
+    shown.expect_rows("160", "80", "40")
 
     shown.press("80")
     shown.press("Restore")
