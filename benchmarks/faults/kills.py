@@ -112,7 +112,7 @@ def _killed_run(run: Path, reference: Reference, rng: random.Random, most: int, 
             child = reference.nursery.start("life", "life", run=str(run), subject=reference.subject, keep=2, **LIFE)
             time.sleep(rng.uniform(0, reference.seconds / 2))
             if row.tries % 2:
-                _wait_for_writing(run, reference.seconds)
+                wait_for_name(run, ".tmp", reference.seconds)
             if ended := not child.kill():
                 row.tries -= 1  # it was over before
                 child.done()
@@ -145,11 +145,11 @@ def in_place(n: int, folder: Path, nursery: Nursery, enough: int | None = None) 
     return row
 
 
-def _wait_for_writing(run: Path, seconds: float) -> None:
-    "Until a temporary file is seen, or for so long."
+def wait_for_name(run: Path, part: str, seconds: float) -> None:
+    "Until something with this in its name is seen among the checkpoints, or for so long: it is being written."
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if any(name.startswith(".tmp") for name in (os.listdir(run / "checkpoints") if (run / "checkpoints").exists() else ())):
+        if any(part in name for name in (os.listdir(run / "checkpoints") if (run / "checkpoints").exists() else ())):
             return
 
 

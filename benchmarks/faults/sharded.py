@@ -19,7 +19,7 @@ from trainkit.converter import PARTS
 from trainkit.storage import sums_of
 
 from .damage import flip
-from .kills import _check_restart, _promised
+from .kills import _check_restart, _promised, wait_for_name
 from .nursery import Child, Nursery
 from .payloads import codes
 from .rank import RANKS, STEPS, digest_of_weights, learner, looked
@@ -112,7 +112,7 @@ def killed_run(run: Path, reference: Reference, rng: random.Random, most: int, r
             begun(children)
             time.sleep(rng.uniform(0, reference.seconds / 2))
             if row.tries % 2:
-                wait_for_parts(run, reference.seconds)
+                wait_for_name(run, ".new", reference.seconds)
             one = rng.randrange(RANKS)
             if ended := not children[one].kill():
                 row.tries -= 1  # it was over before
@@ -129,14 +129,6 @@ def killed_run(run: Path, reference: Reference, rng: random.Random, most: int, r
         finish(run, promised, reference)
     shutil.rmtree(run, ignore_errors=True)
     return kills
-
-
-def wait_for_parts(run: Path, seconds: float) -> None:
-    "Until parts are seen that have no name yet, or for so long."
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if any(name.endswith(".new") for name in (os.listdir(run / "checkpoints") if (run / "checkpoints").exists() else ())):
-            return
 
 
 def met(run: Path, row: Row) -> None:
